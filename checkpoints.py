@@ -1,0 +1,144 @@
+"""Model files: this project's own (written atomically, resumable) and bare state dicts of the same architectures.
+
+Nothing from a file is executed: torch.load runs with weights_only=True everywhere.
+"""
+
+import hashlib
+import os
+import pathlib
+import re
+
+import torch
+
+import models
+
+FORMAT = "spat-1"
+_PREFIX = re.compile(r"^(module\.|model\.|_orig_mod\.)+")
+
+
+def write_atomically(path, write):
+    """Write a file so that the old one or the new one is there, whole, at any moment. write: bytes, or a function of
+    the open file. Raises OSError; the old file is then untouched."""
+    path = pathlib.Path(path)
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            write(file) if callable(write) else file.write(write)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def save(state, path):
+    """torch.save, atomically."""
+    write_atomically(path, lambda file: torch.save(state, file))
+
+
+def save_run(state, out_dir):
+    """Save last.pt; the one before it stays as last.prev.pt."""
+    last = pathlib.Path(out_dir, "last.pt")
+    if last.exists():
+        # a hard link and not a rename: last.pt is there at any moment
+        link = last.with_name(".last.prev.tmp")
+        link.unlink(missing_ok=True)
+        os.link(last, link)
+        os.replace(link, last.with_name("last.prev.pt"))
+    save(state, last)
+
+
+def load_run(out_dir):
+    """The newest whole checkpoint of a run, last.pt or else last.prev.pt; raises ValueError if there is none."""
+    folder = pathlib.Path(out_dir)
+    if not (folder / "last.pt").exists() and not (folder / "last.prev.pt").exists():
+        raise ValueError(f"--resume: {out_dir} holds no run (no last.pt)")
+    try:
+        state = load(folder / "last.pt")
+    except ValueError as error:
+        state = load(folder / "last.prev.pt")
+        print(f"{error}; going on from last.prev.pt")
+    if not isinstance(state, dict) or state.get("format") != FORMAT:
+        raise ValueError(f"--resume: {out_dir}/last.pt is not a checkpoint of train_cifar.py")
+    return state
+
+
+def load(path, device="cpu"):
+    """What a file holds; raises ValueError with one line for a file that is missing, empty, damaged, an HTML page, or
+    a pickle with anything but tensors and plain values in it (which is not executed)."""
+    path = pathlib.Path(path)
+    if not path.is_file():
+        raise ValueError(f"{path}: no such file")
+    with open(path, "rb") as file:
+        head = file.read(512)
+    if not head:
+        raise ValueError(f"{path}: empty file")
+    if head.lstrip().startswith(b"<"):
+        raise ValueError(f"{path}: an HTML page, not a model: the download went wrong")
+    try:
+        return torch.load(path, map_location=device, weights_only=True)
+    except Exception as error:  # torch.load raises nearly anything on a damaged file
+        raise ValueError(f"{path}: not a model file, or a damaged one ({type(error).__name__})") from None
+
+
+def sha256(path):
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _count(state, pattern):
+    """How many different integers the group of the pattern takes over the keys."""
+    return len({match[1] for key in state if (match := re.match(pattern, key))})
+
+
+def infer_arch(state):
+    """(architecture name, number of classes) of a state dict with TRADES' or MART's parameter names; raises
+    ValueError if its names and shapes are none that models.py builds."""
+    if "fc.weight" in state and "block1.layer.0.conv1.weight" in state:
+        width = state["block1.layer.0.conv1.weight"].shape[0] // 16
+        depth = 6 * _count(state, r"block1\.layer\.(\d+)\.") + 4
+        return f"wrn-{depth}-{width}", state["fc.weight"].shape[0]
+    if "linear.weight" in state and "layer1.0.conv1.weight" in state:
+        blocks = tuple(_count(state, rf"layer{stage}\.(\d+)\.") for stage in (1, 2, 3, 4))
+        block = (
+            models.PreActBlock
+            if "bn.weight" in state
+            else models.Bottleneck
+            if "layer1.0.conv3.weight" in state
+            else models.BasicBlock
+        )
+        for name, known in models.RESNETS.items():
+            if known == (block, blocks):
+                return name, state["linear.weight"].shape[0]
+    raise ValueError(f"its parameter names are of no known architecture; known: {models.ARCHS}")
+
+
+def load_model(path, device="cpu", arch=None, num_classes=None):
+    """(the model in float32 and eval mode, info): info holds path, sha256, arch, num_classes and, for a file of this
+    project, args, epoch and classes. arch and num_classes are read from the file; given, they must agree with it.
+
+    Takes this project's checkpoints and bare state dicts (with or without DataParallel's or torch.compile's
+    prefixes). Raises ValueError with one line that says what is wrong with the file.
+    """
+    content = load(path, device)
+    own = isinstance(content, dict) and content.get("format") == FORMAT
+    state = content.get("state_dict", content) if isinstance(content, dict) else None
+    if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
+        raise ValueError(f"{path}: holds no state dict")
+    state = {_PREFIX.sub("", key): value for key, value in state.items()}
+    state = {key: value for key, value in state.items() if not key.startswith("sub_block1.")}  # TRADES never uses it
+    try:
+        found_arch, found_classes = infer_arch(state)
+        if arch not in (None, found_arch):
+            raise ValueError(f"it is a {found_arch}, not a {arch}")
+        if num_classes not in (None, found_classes):
+            raise ValueError(f"it has {found_classes} classes, not {num_classes}")
+        model = models.build_model(found_arch, found_classes)
+        model.load_state_dict(state, strict=True)
+    except (ValueError, RuntimeError) as error:
+        raise ValueError(f"{path}: {' '.join(str(error).split())}") from None
+    info = {"path": str(path), "sha256": sha256(path), "arch": found_arch, "num_classes": found_classes}
+    if own:
+        info |= {key: content[key] for key in ("args", "epoch", "classes")}
+    return model.to(device).eval(), info

@@ -1,0 +1,182 @@
+"""A data set as one uint8 tensor; shuffling, crop and flip as tensor operations on the data's device.
+
+Nothing here reads or sets a global random state: every draw comes from a generator made from integers, so that the
+randomness of a training step is a function of (seed, step).
+"""
+
+import pathlib
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+import torchvision
+from PIL import Image
+
+NAMED = ("cifar10", "cifar100", "digits")
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
+
+
+class Dataset(NamedTuple):
+    """images (N, 3, H, W) uint8 in channels_last; labels (N,) int64; the names of the classes."""
+
+    images: torch.Tensor
+    labels: torch.Tensor
+    classes: list
+
+    def to(self, device):
+        return self._replace(images=self.images.to(device), labels=self.labels.to(device))
+
+    def subset(self, indices):
+        return self._replace(images=self.images[indices], labels=self.labels[indices])
+
+
+def _dataset(images_nhwc, labels, classes):
+    # permuted, NHWC is channels_last: no copy
+    return Dataset(torch.from_numpy(images_nhwc).permute(0, 3, 1, 2), torch.tensor(labels), list(classes))
+
+
+def _cifar(name, data_dir, train):
+    cls = {"cifar10": torchvision.datasets.CIFAR10, "cifar100": torchvision.datasets.CIFAR100}[name]
+    folder = pathlib.Path(data_dir, cls.base_folder)
+    if not folder.exists():
+        try:
+            cls(data_dir, train=train, download=True)
+        except (OSError, RuntimeError) as error:
+            raise ValueError(
+                f"{folder} is not there and cannot be downloaded ({_one_line(error)}): put {cls.base_folder} from "
+                f"{cls.url} there, or use --dataset digits, which needs no download"
+            ) from None
+    try:
+        data = cls(data_dir, train=train, download=False)  # checks every file's MD5
+    except RuntimeError:
+        raise ValueError(
+            f"{folder} is incomplete or damaged (its checksums are not {name}'s): unpack {cls.filename} again"
+        ) from None
+    return _dataset(data.data, data.targets, data.classes)
+
+
+def _digits(train):
+    from sklearn.datasets import load_digits  # slow to import, and only needed here
+
+    digits = load_digits()
+    images = torch.from_numpy(digits.images)[:, None] * (255 / 16)
+    images = F.interpolate(images, size=(32, 32), mode="bilinear").round().byte().expand(-1, 3, -1, -1)
+    images = images.contiguous(memory_format=torch.channels_last)
+    part = slice(0, 1397) if train else slice(1397, None)  # 400 test images; the file's order is by writer
+    return Dataset(images[part], torch.from_numpy(digits.target[part]), [str(name) for name in digits.target_names])
+
+
+def _class_folders(root):
+    if not root.is_dir():
+        raise ValueError(f"{root} is not a folder")
+    folders = sorted(folder for folder in root.iterdir() if folder.is_dir())
+    if not folders:
+        raise ValueError(f"{root} holds no class folders")
+    return folders
+
+
+def _image_folder(path, train):
+    """PATH/train/CLASS/* and PATH/test/CLASS/*, in a fixed shuffled order: so the first images hold every class."""
+    train_classes, test_classes = ([f.name for f in _class_folders(path / part)] for part in ("train", "test"))
+    if train_classes != test_classes:
+        raise ValueError(f"{path}: the classes of train ({len(train_classes)}) and test ({len(test_classes)}) differ")
+    if len(train_classes) < 2:
+        raise ValueError(f"{path}: one class is no classification task")
+    images, labels = [], []
+    for label, folder in enumerate(_class_folders(path / ("train" if train else "test"))):
+        files = sorted(file for file in folder.iterdir() if file.suffix.lower() in IMAGE_SUFFIXES)
+        if not files:
+            raise ValueError(f"{folder} holds no images ({', '.join(IMAGE_SUFFIXES)})")
+        for file in files:
+            try:
+                with Image.open(file) as image:
+                    images.append(np.asarray(image.convert("RGB")))
+            except (OSError, SyntaxError, ValueError) as error:
+                raise ValueError(f"{file} cannot be read as an image ({_one_line(error)})") from None
+            if images[-1].shape != images[0].shape:
+                height, width, _ = images[0].shape
+                raise ValueError(f"{file} is not {width}x{height} pixels as the images before it")
+            labels.append(label)
+    order = permutation(len(images), _SPLIT).numpy()
+    return _dataset(np.stack(images)[order], np.asarray(labels)[order].tolist(), train_classes)
+
+
+def _one_line(error):
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def load(name, data_dir="data", train=True):
+    """The training or the test part of "cifar10", "cifar100" (downloaded into data_dir if need be), "digits"
+    (scikit-learn's 8x8 digits, resized to 32x32) or a folder with train/CLASS/*.png and test/CLASS/*.png.
+
+    Raises ValueError, with one line that says what to do, where the data are missing or damaged.
+    """
+    if name in ("cifar10", "cifar100"):
+        return _cifar(name, data_dir, train)
+    if name == "digits":
+        return _digits(train)
+    if not pathlib.Path(name).is_dir():
+        raise ValueError(f"unknown data set {name!r}: neither {', '.join(NAMED)} nor a folder")
+    return _image_folder(pathlib.Path(name), train)
+
+
+def split(dataset, val_size, limit=None):
+    """dataset -> (training part, held-out part). val_size images, the same for every seed, are held out; the others
+    stay in their order, of which the first `limit` are kept. Raises ValueError if too few are left."""
+    n = len(dataset.labels)
+    if n - val_size < (limit or 1):
+        raise ValueError(f"{n} training images are too few to hold out {val_size} and train on {limit or 1}")
+    order = permutation(n, _SPLIT)
+    kept = order[val_size:].sort().values[:limit]
+    return dataset.subset(kept), dataset.subset(order[:val_size])
+
+
+def generator(device, *key):
+    """A torch.Generator on the device, seeded by a hash of the integers in key."""
+    seed = np.random.SeedSequence(key).generate_state(1, np.uint64)[0]
+    return torch.Generator(device).manual_seed(int(seed >> np.uint64(1)))
+
+
+# The first integer of a key says what is drawn, so that no two draws share their randomness.
+_SPLIT, _ORDER, _STEP = 1, 2, 3
+
+
+def permutation(n, *key):
+    """A permutation of n, from the integers in key; drawn on the CPU, so that it is the same for every device."""
+    return torch.randperm(n, generator=generator("cpu", *key))
+
+
+def step_generator(device, seed, step):
+    """The generator of everything random in one training step: crops, flips, the attack's start."""
+    return generator(device, _STEP, seed, step)
+
+
+def batches(n, batch_size, seed, epoch):
+    """The index batches of one epoch, (ceil(n / batch_size), batch_size): every image once; the last batch is filled
+    up from the epoch's first images, so that all batches have one size and no image is left out."""
+    order = permutation(n, _ORDER, seed, epoch)
+    steps = -(-n // batch_size)
+    return order.repeat(-(-steps * batch_size // n))[: steps * batch_size].view(steps, batch_size)
+
+
+def crop_and_flip(images, top, left, flip, padding=4):
+    """Each image (of (B, C, H, W), any dtype) padded with zeros, cropped at its (top, left) in [0, 2·padding] and
+    mirrored where flip is true; the result is channels_last."""
+    b, _, h, w = images.shape
+    rows = top[:, None] + torch.arange(h, device=images.device)
+    columns = left[:, None] + torch.where(
+        flip[:, None], torch.arange(w - 1, -1, -1, device=images.device), torch.arange(w, device=images.device)
+    )
+    padded = F.pad(images, [padding] * 4).permute(0, 2, 3, 1)
+    example = torch.arange(b, device=images.device)[:, None, None]
+    return padded[example, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
+
+
+def augment(images, generator, padding=4):
+    """Random crop (pad 4) and random horizontal flip of a uint8 batch, as in TRADES and MART; float32 in [0, 1]."""
+    b, device = len(images), images.device
+    top = torch.randint(2 * padding + 1, (b,), generator=generator, device=device)
+    left = torch.randint(2 * padding + 1, (b,), generator=generator, device=device)
+    flip = torch.rand(b, generator=generator, device=device) < 0.5
+    return crop_and_flip(images, top, left, flip, padding).float().div(255)

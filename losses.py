@@ -1,0 +1,91 @@
+"""Objectives for attacks and losses for training, as functions of logits only.
+
+Shapes: logits (B, K); y (B,) int64; p_ref (B, K). Per-example functions return (B,), the ones named *_loss a
+scalar, the mean over the batch. Half-precision logits are computed in float32; float64 stays float64.
+Equation numbers are those of "Semantics-Preserving Adversarial Training" (SPAT).
+"""
+
+import torch
+import torch.nn.functional as F
+
+
+def _log_softmax(logits):
+    return F.log_softmax(logits if logits.dtype == torch.float64 else logits.float(), dim=1)
+
+
+def _true(values, y):
+    return values.gather(1, y[:, None]).squeeze(1)
+
+
+def _max_other(values, y):
+    """max over k != y of values[:, k]"""
+    return values.scatter(1, y[:, None], float("-inf")).max(dim=1).values
+
+
+def lsce(logits, y, alpha):
+    """Label-smoothed cross entropy, SPAT Eq. 8-9, (B,): 1-α on the true class, α/(K-1) on each other one.
+
+    alpha: a float or a (B,) tensor, in [0, 1] (a float outside raises ValueError). This is not
+    F.cross_entropy(label_smoothing=alpha): torch spreads its value over all K classes, the true one included,
+    so that α here is its αK/(K-1), which it refuses above 1.
+    """
+    if isinstance(alpha, torch.Tensor):
+        alpha = alpha[:, None]
+    elif not 0 <= alpha <= 1:
+        raise ValueError(f"alpha must be in [0, 1], not {alpha}")
+    log_p = _log_softmax(logits)
+    one_hot = torch.zeros_like(log_p).scatter(1, y[:, None], 1.0)
+    y_ls = (1 - alpha) * one_hot + alpha / (logits.shape[1] - 1) * (1 - one_hot)  # Eq. 9
+    return -(y_ls * log_p).sum(1)  # Eq. 8
+
+
+def cross_entropy(logits, y):
+    """-log p_y, (B,): LSCE with α = 0."""
+    return lsce(logits, y, alpha=0.0)
+
+
+def kl_divergence(logits, p_ref):
+    """KL(p_ref || softmax(logits)), (B,): what TRADES' attack maximises. p_ref is a constant of the attack, so it
+    gets no gradient; it may hold zeros."""
+    return F.kl_div(_log_softmax(logits), p_ref.detach().to(_log_softmax(logits).dtype), reduction="none").sum(1)
+
+
+def cw_margin(logits, y, kappa=50.0):
+    """-max(z_y - max_{k != y} z_k + κ, 0), (B,): the CW-inf objective as the MART line of code runs it with PGD
+    (Carlini and Wagner 2017 with confidence κ). An attack that reaches margin -κ stops moving."""
+    logits = logits if logits.dtype == torch.float64 else logits.float()
+    return -(_true(logits, y) - _max_other(logits, y) + kappa).clamp(min=0)
+
+
+def boosted_cross_entropy(logits, y):
+    """MART's BCE, (B,): -log p_y - log(1 - max_{k != y} p_k), with the published code's 1.0001 and 1e-12
+    (Wang et al. 2020, Eq. 8)."""
+    log_p = _log_softmax(logits)
+    return -_true(log_p, y) - torch.log(1.0001 - _max_other(log_p.exp(), y) + 1e-12)
+
+
+def _kl(logits_nat, logits_adv):
+    """KL(p(x) || p(x_adv)), (B,), with gradient on both. From two log-softmaxes: where a natural probability
+    underflows, F.kl_div on probabilities has a NaN gradient."""
+    return F.kl_div(_log_softmax(logits_adv), _log_softmax(logits_nat), reduction="none", log_target=True).sum(1)
+
+
+def standard_loss(logits_adv, logits_nat, y, beta):
+    """CE(p(x), y): no adversarial term; logits_adv and beta are not used."""
+    return cross_entropy(logits_nat, y).mean()
+
+
+def madry_loss(logits_adv, logits_nat, y, beta):
+    """CE(p(x_adv), y), Eq. 4 (Madry et al. 2018); logits_nat and beta are not used."""
+    return cross_entropy(logits_adv, y).mean()
+
+
+def trades_loss(logits_adv, logits_nat, y, beta):
+    """CE(p(x), y) + β·KL(p(x) || p(x_adv)) (Zhang et al. 2019)."""
+    return cross_entropy(logits_nat, y).mean() + beta * _kl(logits_nat, logits_adv).mean()
+
+
+def mart_loss(logits_adv, logits_nat, y, beta):
+    """BCE(p(x_adv), y) + β·KL(p(x) || p(x_adv))·(1 - p_y(x)) (Wang et al. 2020, Eq. 12)."""
+    weight = 1 - _true(_log_softmax(logits_nat), y).exp()
+    return boosted_cross_entropy(logits_adv, y).mean() + beta * (_kl(logits_nat, logits_adv) * weight).mean()

@@ -1,0 +1,283 @@
+"""WideResNet, ResNet and PreActResNet for 32x32 images in [0, 1].
+
+Parameter names and shapes are those of the TRADES and MART repositories, so that weights released in that line of
+work fit. No normalisation inside: images go in as they are, as in TRADES and MART.
+"""
+
+import contextlib
+import re
+import time
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+COMPILE_PAYS_MINUTES = 10  # of eager run time; compiling takes one to two minutes and saves 10 to 40 %
+ARCHS = "wrn-D-W with D = 6n + 4 (wrn-34-10, wrn-28-10, wrn-16-2, ...), resnet-18, resnet-50, preact-resnet-18"
+
+
+def conv3x3(in_planes, planes, stride=1):
+    return nn.Conv2d(in_planes, planes, 3, stride=stride, padding=1, bias=False)
+
+
+def conv1x1(in_planes, planes, stride=1):
+    return nn.Conv2d(in_planes, planes, 1, stride=stride, bias=False)
+
+
+class WideBlock(nn.Module):
+    """The basic block of WRN, pre-activation (Zagoruyko and Komodakis 2016)."""
+
+    def __init__(self, in_planes, planes, stride):
+        super().__init__()
+        self.bn1 = nn.BatchNorm2d(in_planes)
+        self.conv1 = conv3x3(in_planes, planes, stride)
+        self.bn2 = nn.BatchNorm2d(planes)
+        self.conv2 = conv3x3(planes, planes)
+        self.convShortcut = conv1x1(in_planes, planes, stride) if in_planes != planes else None
+
+    def forward(self, x):
+        out = F.relu(self.bn1(x))
+        if self.convShortcut is not None:
+            x = self.convShortcut(out)
+        return x + self.conv2(F.relu(self.bn2(self.conv1(out))))
+
+
+class WideStage(nn.Module):
+    def __init__(self, num_blocks, in_planes, planes, stride):
+        super().__init__()
+        blocks = [WideBlock(in_planes, planes, stride)]
+        blocks += [WideBlock(planes, planes, 1) for _ in range(num_blocks - 1)]
+        self.layer = nn.Sequential(*blocks)
+
+    def forward(self, x):
+        return self.layer(x)
+
+
+class WideResNet(nn.Module):
+    """WRN-depth-width: three stages of (depth - 4) / 6 blocks with 16, 32 and 64 times `width` planes."""
+
+    def __init__(self, depth, width, num_classes=10):
+        super().__init__()
+        num_blocks = (depth - 4) // 6
+        self.conv1 = conv3x3(3, 16)
+        self.block1 = WideStage(num_blocks, 16, 16 * width, 1)
+        self.block2 = WideStage(num_blocks, 16 * width, 32 * width, 2)
+        self.block3 = WideStage(num_blocks, 32 * width, 64 * width, 2)
+        self.bn1 = nn.BatchNorm2d(64 * width)
+        self.fc = nn.Linear(64 * width, num_classes)
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+        nn.init.zeros_(self.fc.bias)
+
+    def forward(self, x):
+        out = self.block3(self.block2(self.block1(self.conv1(x))))
+        return self.fc(F.relu(self.bn1(out)).mean((2, 3)))
+
+
+def _shortcut(in_planes, planes, stride, norm):
+    if stride == 1 and in_planes == planes:
+        return nn.Sequential()
+    return nn.Sequential(conv1x1(in_planes, planes, stride), *([nn.BatchNorm2d(planes)] if norm else []))
+
+
+class BasicBlock(nn.Module):
+    expansion = 1
+
+    def __init__(self, in_planes, planes, stride):
+        super().__init__()
+        self.conv1 = conv3x3(in_planes, planes, stride)
+        self.bn1 = nn.BatchNorm2d(planes)
+        self.conv2 = conv3x3(planes, planes)
+        self.bn2 = nn.BatchNorm2d(planes)
+        self.shortcut = _shortcut(in_planes, planes, stride, norm=True)
+
+    def forward(self, x):
+        out = F.relu(self.bn1(self.conv1(x)))
+        return F.relu(self.bn2(self.conv2(out)) + self.shortcut(x))
+
+
+class Bottleneck(nn.Module):
+    expansion = 4
+
+    def __init__(self, in_planes, planes, stride):
+        super().__init__()
+        self.conv1 = conv1x1(in_planes, planes)
+        self.bn1 = nn.BatchNorm2d(planes)
+        self.conv2 = conv3x3(planes, planes, stride)
+        self.bn2 = nn.BatchNorm2d(planes)
+        self.conv3 = conv1x1(planes, 4 * planes)
+        self.bn3 = nn.BatchNorm2d(4 * planes)
+        self.shortcut = _shortcut(in_planes, 4 * planes, stride, norm=True)
+
+    def forward(self, x):
+        out = F.relu(self.bn1(self.conv1(x)))
+        out = F.relu(self.bn2(self.conv2(out)))
+        return F.relu(self.bn3(self.conv3(out)) + self.shortcut(x))
+
+
+class PreActBlock(nn.Module):
+    expansion = 1
+
+    def __init__(self, in_planes, planes, stride):
+        super().__init__()
+        self.bn1 = nn.BatchNorm2d(in_planes)
+        self.conv1 = conv3x3(in_planes, planes, stride)
+        self.bn2 = nn.BatchNorm2d(planes)
+        self.conv2 = conv3x3(planes, planes)
+        self.shortcut = _shortcut(in_planes, planes, stride, norm=False)
+
+    def forward(self, x):
+        out = F.relu(self.bn1(x))
+        if len(self.shortcut):  # the projection sees the activation, the identity does not
+            x = self.shortcut(out)
+        return x + self.conv2(F.relu(self.bn2(self.conv1(out))))
+
+
+class ResNet(nn.Module):
+    """ResNet with the CIFAR stem (a 3x3 convolution, no pooling); with pre-activation blocks the batch norm of the
+    stem moves behind the last block (He et al. 2016)."""
+
+    def __init__(self, block, num_blocks, num_classes=10):
+        super().__init__()
+        self.preact = block is PreActBlock
+        self.conv1 = conv3x3(3, 64)
+        if not self.preact:
+            self.bn1 = nn.BatchNorm2d(64)
+        in_planes = 64
+        for stage, count in enumerate(num_blocks):
+            planes, blocks = 64 * 2**stage, []
+            for i in range(count):
+                blocks.append(block(in_planes, planes, 2 if stage > 0 and i == 0 else 1))
+                in_planes = planes * block.expansion
+            setattr(self, f"layer{stage + 1}", nn.Sequential(*blocks))
+        if self.preact:
+            self.bn = nn.BatchNorm2d(in_planes)
+        self.linear = nn.Linear(in_planes, num_classes)
+
+    def forward(self, x):
+        out = self.conv1(x)
+        if not self.preact:
+            out = F.relu(self.bn1(out))
+        out = self.layer4(self.layer3(self.layer2(self.layer1(out))))
+        if self.preact:
+            out = F.relu(self.bn(out))
+        return self.linear(out.mean((2, 3)))
+
+
+RESNETS = {
+    "resnet-18": (BasicBlock, (2, 2, 2, 2)),
+    "resnet-50": (Bottleneck, (3, 4, 6, 3)),
+    "preact-resnet-18": (PreActBlock, (2, 2, 2, 2)),
+}
+
+
+def parse_arch(name):
+    """name -> (constructor, its arguments); raises ValueError on a name that is not an architecture."""
+    if name in RESNETS:
+        return ResNet, RESNETS[name]
+    match = re.fullmatch(r"wrn-(\d{1,3})-(\d{1,2})", name)
+    if match:
+        depth, width = int(match[1]), int(match[2])
+        if depth >= 10 and (depth - 4) % 6 == 0 and width >= 1:
+            return WideResNet, (depth, width)
+    raise ValueError(f"unknown architecture {name!r}; known: {ARCHS}")
+
+
+def build_model(name, num_classes=10):
+    """A new model in train mode, in channels_last: "wrn-34-10" or any wrn-D-W, "resnet-18", "resnet-50",
+    "preact-resnet-18". Raises ValueError on another name."""
+    constructor, arguments = parse_arch(name)
+    return constructor(*arguments, num_classes=num_classes).to(memory_format=torch.channels_last)
+
+
+@contextlib.contextmanager
+def frozen(model):
+    """Inside, the model is in eval mode and its parameters want no gradient: how an attack must see it. Afterwards
+    every sub-module's mode and every parameter's requires_grad is what it was."""
+    modes = [(module, module.training) for module in model.modules()]
+    wants = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    try:
+        model.eval()
+        for parameter, _ in wants:
+            parameter.requires_grad_(False)
+        yield model
+    finally:
+        for module, training in modes:
+            module.training = training
+        for parameter, requires_grad in wants:
+            parameter.requires_grad_(requires_grad)
+
+
+def pick_device(name):
+    """"auto", "cpu" or "cuda" -> torch.device; raises ValueError for cuda where there is none."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device cuda: torch finds no CUDA device here")
+    return torch.device(name)
+
+
+def seconds(function, device, repeats=3):
+    """The shortest of a few timed calls, after one that is not counted."""
+    times = []
+    for _ in range(repeats + 1):
+        start = time.perf_counter()
+        function()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        times.append(time.perf_counter() - start)
+    return min(times[1:])
+
+
+def pick_precision(name, device):
+    """"auto", "fp32" or "bf16" -> ("fp32" or "bf16", the reason in words). On a CPU a matrix product is timed: one
+    without bf16 units takes longer for bf16 than for float32."""
+    if name != "auto":
+        return name, "as asked"
+    if device.type == "cuda":
+        return ("bf16", "the GPU has bf16 units") if torch.cuda.is_bf16_supported() else ("fp32", "no bf16 units")
+    a = torch.randn(1024, 1024)
+    b = a.bfloat16()
+    ratio = seconds(lambda: a @ a, device) / seconds(lambda: b @ b, device)
+    return "bf16" if ratio > 1.3 else "fp32", f"a bf16 matrix product runs at {ratio:.1f}x the speed of float32 here"
+
+
+def fast_forward(model, precision="fp32"):
+    """A callable x -> logits that runs the model under bf16 autocast if precision is "bf16"."""
+
+    def forward(x):
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=precision == "bf16"):
+            return model(x)
+
+    return forward
+
+
+def pick_compiled(name, model, precision, x, passes):
+    """(callable x -> logits, "on" or "off", the reason in words), for --compile `name`.
+
+    auto compiles when `passes` passes over batches like x take so long that compiling pays. A compiler that is missing
+    or fails gives the eager callable and says so.
+    """
+    eager = fast_forward(model, precision)
+
+    def attack_pass(forward):
+        def run():
+            inputs = x.detach().requires_grad_()
+            torch.autograd.grad(forward(inputs).float().sum(), inputs)
+        return run
+
+    with frozen(model):
+        if name == "off":
+            return eager, "off", "as asked"
+        if name == "auto":
+            minutes = seconds(attack_pass(eager), x.device, repeats=1) * passes / 60
+            if minutes < COMPILE_PAYS_MINUTES:
+                return eager, "off", f"eager needs about {minutes:.0f} minutes, too few for compiling to pay"
+        compiled = torch.compile(eager, dynamic=False)
+        start = time.perf_counter()
+        try:
+            attack_pass(compiled)()
+        except Exception as error:  # whatever the toolchain may raise: the run must go on
+            return eager, "off", f"torch.compile failed ({type(error).__name__}), going on without"
+        return compiled, "on", f"the attack's graph took {time.perf_counter() - start:.0f} s to compile"

@@ -1,0 +1,382 @@
+"""Train an image classifier: standard, Madry, TRADES or MART, each of the last three with or without SPAT.
+
+    python train_cifar.py --defense mart --spat-alpha 0.3
+
+--defense picks the loss that the training step minimises. The attack maximises that method's usual objective, or, with
+--spat-alpha A, the label-smoothed cross entropy with α = A (SPAT, Eq. 10). Nothing else knows of SPAT.
+"""
+
+import csv
+import functools
+import io
+import json
+import math
+import pathlib
+import sys
+import time
+from argparse import Namespace
+from fractions import Fraction
+
+import torch
+from tqdm import tqdm
+
+import attacks
+import checkpoints
+import cli
+import data
+import losses
+import models
+
+OUTER = {
+    "standard": losses.standard_loss,
+    "madry": losses.madry_loss,
+    "trades": losses.trades_loss,
+    "mart": losses.mart_loss,
+}
+INNER = {"madry": losses.cross_entropy, "trades": losses.kl_divergence, "mart": losses.cross_entropy}
+
+# (data set, defense), None for any: a later line wins, a flag wins over all. The first lines are the paper's
+# section 5.1 with MART's published settings where it is silent.
+DEFAULTS = (
+    (None, None, dict(dataset="cifar10", arch="wrn-34-10", epochs=90, batch_size=128, lr=0.1, lr_schedule="step")),
+    (None, None, dict(momentum=0.9, nesterov=False, weight_decay=7e-4, val_size=1000, limit_train=None)),
+    (None, None, dict(epsilon="8/255", num_steps=10, random_start="gaussian", spat_alpha=None, beta=None)),
+    (None, None, dict(data_dir="data", precision="auto", compile="auto", device="auto", seed=1, save_minutes=10.0)),
+    (None, "trades", dict(beta=6.0)),
+    (None, "mart", dict(beta=5.0)),
+    ("cifar100", "madry", dict(weight_decay=2e-4)),
+    ("cifar100", "trades", dict(weight_decay=2e-4)),
+    ("digits", None, dict(arch="wrn-10-1", epochs=12, batch_size=64, lr=0.2, lr_schedule="onecycle", val_size=100)),
+    ("digits", None, dict(weight_decay=5e-4, epsilon="0.1")),
+)
+FREE_ON_RESUME = ("resume", "out_dir", "data_dir", "device", "save_minutes")  # these do not alter the result
+SHARES_EVERY = 8  # steps: the two logged shares of examples cost forward passes of their own
+
+
+def parse_args(argv=None):
+    """The flags that were typed, as a dict; what was not typed is not in it."""
+    parser = cli.Parser(prog="train_cifar.py", description=__doc__, epilog=f"Architectures: {models.ARCHS}.")
+    add = parser.add_argument
+    add("--defense", choices=OUTER, help="the loss to train with (no default)")
+    add("--spat-alpha", type=cli.unit_float, metavar="A",
+        help="SPAT: attack by LSCE with this α in [0, 1] (default: by CE for madry and mart, by KL for trades)")
+    add("--beta", type=cli.natural_float, help="weight of the KL term (default: trades 6, mart 5)")
+    add("--dataset", help="cifar10, cifar100, digits, or a folder with train/CLASS/*.png and test/CLASS/*.png "
+        "(default: cifar10)")
+    add("--data-dir", metavar="DIR", help="where CIFAR is, or is downloaded to (default: data)")
+    add("--arch", help="architecture (default: wrn-34-10; digits: wrn-10-1)")
+    add("--val-size", type=cli.natural_int, metavar="N",
+        help="training images held out to choose best.pt; 0: none, last.pt only (default: 1000; digits: 100)")
+    add("--limit-train", type=cli.positive_int, metavar="N", help="train on the first N images (default: all)")
+    add("--epochs", type=cli.positive_int, help="(default: 90; digits: 12)")
+    add("--batch-size", type=cli.positive_int, help="(default: 128; digits: 64)")
+    add("--lr", type=cli.positive_float, help="highest learning rate (default: 0.1; digits: 0.2)")
+    add("--lr-schedule", choices=("step", "cosine", "onecycle"), help="(default: step; digits: onecycle)")
+    add("--lr-milestones", type=cli.positive_int, nargs=2, metavar="EPOCH",
+        help="step: the first epochs, counted from 1, at lr x0.1 and x0.01 (default: 75/90 and 90/90 of --epochs)")
+    add("--momentum", type=cli.unit_float, help="(default: 0.9)")
+    add("--nesterov", action="store_true", default=None, help="use Nesterov's momentum (default: off)")
+    add("--weight-decay", type=cli.natural_float,
+        help="(default: 7e-4; cifar100 with madry or trades: 2e-4; digits: 5e-4)")
+    add("--epsilon", type=cli.ratio, help="radius of the L-inf ball (default: 8/255; digits: 0.1)")
+    add("--step-size", type=cli.ratio, help="of the attack (default: epsilon / 4)")
+    add("--num-steps", type=cli.positive_int, help="of the attack (default: 10)")
+    add("--random-start", choices=attacks.RANDOM_STARTS, help="of the attack (default: gaussian)")
+    add("--precision", choices=("auto", "fp32", "bf16"),
+        help="bf16: autocast, weights stay float32; auto: the faster on this machine (default: auto)")
+    add("--compile", choices=("auto", "on", "off"), help="auto: if the run is long enough to pay for it (default: auto)")
+    add("--device", choices=("auto", "cpu", "cuda"), help="(default: auto)")
+    add("--seed", type=cli.natural_int, help="(default: 1)")
+    add("--out-dir", metavar="DIR", help="(default: runs/DATASET-ARCH-DEFENSE[-spatA]-sSEED)")
+    add("--save-minutes", type=cli.natural_float, metavar="M", help="save this often, and after epochs (default: 10)")
+    add("--resume", action="store_true", default=None, help="go on with the run in --out-dir where it stopped")
+    return parser, {key: value for key, value in vars(parser.parse_args(argv)).items() if value is not None}
+
+
+def with_defaults(typed):
+    """typed plus the defaults of its data set and defense; raises ValueError where flags contradict one another."""
+    if "defense" not in typed:
+        raise ValueError(f"--defense is required: {', '.join(OUTER)}")
+    args, dataset = {}, typed.get("dataset", "cifar10")
+    for when_dataset, when_defense, defaults in DEFAULTS:
+        if when_dataset in (None, dataset) and when_defense in (None, typed["defense"]):
+            args |= defaults
+    args = Namespace(**args | typed)
+    models.parse_arch(args.arch)
+    if args.defense == "standard" and "spat_alpha" in typed:
+        raise ValueError("--spat-alpha: standard training has no attack to change")
+    if args.defense in ("standard", "madry") and "beta" in typed:
+        raise ValueError(f"--beta: {args.defense} has no KL term")
+    if args.defense == "trades" and args.spat_alpha is None and args.random_start == "none":
+        raise ValueError("--random-start none: KL(p(x) || p(x)) is 0 with gradient 0, the attack would not move")
+    if args.lr_schedule != "step" and "lr_milestones" in typed:
+        raise ValueError(f"--lr-milestones: --lr-schedule {args.lr_schedule} has none")
+    if args.nesterov and args.momentum == 0:
+        raise ValueError("--nesterov needs a --momentum above 0")
+    if "lr_milestones" not in typed:
+        args.lr_milestones = [math.ceil(args.epochs * 75 / 90), args.epochs]
+    elif args.lr_milestones[0] > args.lr_milestones[1]:
+        raise ValueError(f"--lr-milestones {args.lr_milestones[0]} {args.lr_milestones[1]} are out of order")
+    if "step_size" not in typed:
+        args.step_size = str(Fraction(args.epsilon) / 4)
+    if "out_dir" not in typed:
+        spat = "" if args.spat_alpha is None else f"-spat{args.spat_alpha:g}"
+        name = pathlib.Path(args.dataset).resolve().name if args.dataset not in data.NAMED else args.dataset
+        args.out_dir = f"runs/{name}-{args.arch}-{args.defense}{spat}-s{args.seed}"
+    return args
+
+
+def new_or_resumed(typed):
+    """(arguments, None) for a new run, (arguments, the checkpoint to go on from) with --resume; ValueError if that
+    would overwrite a run, or alter the one it resumes."""
+    if not typed.pop("resume", False):
+        args = with_defaults(typed)
+        if any(pathlib.Path(args.out_dir, name).exists() for name in ("args.json", "last.pt", "log.csv")):
+            raise ValueError(f"--out-dir {args.out_dir} holds a run already: add --resume, or choose another")
+        return args, None
+    out_dir = typed.get("out_dir") or with_defaults(typed).out_dir
+    state = checkpoints.load_run(out_dir)
+    for key, value in typed.items():
+        if key not in FREE_ON_RESUME and value not in ("auto", state["args"].get(key)):
+            flag = "--" + key.replace("_", "-")
+            raise ValueError(f"--resume: {flag} {value} would alter the run in {out_dir}, which has {state['args'].get(key)}")
+    return Namespace(**state["args"] | typed | {"out_dir": out_dir}), state
+
+
+def learning_rate(args, epoch, progress):
+    """The rate in the epoch, counted from 1, of which the share `progress` of the whole run is done.
+
+    step: MART's, by epoch; cosine: RST's, lr/2·(1 + cos((epoch - 1)π / epochs)); onecycle: by step, linear from
+    lr/25 up to lr over the first 30 %, then down along a cosine to 0.
+    """
+    if args.lr_schedule == "step":
+        first, second = args.lr_milestones
+        return args.lr * (0.01 if epoch >= second else 0.1 if epoch >= first else 1.0)
+    if args.lr_schedule == "cosine":
+        return args.lr * 0.5 * (1 + math.cos((epoch - 1) * math.pi / args.epochs))
+    if progress < 0.3:
+        return args.lr * (0.04 + 0.96 * progress / 0.3)
+    return args.lr * 0.5 * (1 + math.cos((progress - 0.3) / 0.7 * math.pi))
+
+
+def validate(model, forward, val, args):
+    """Natural and PGD-20 accuracy and mean cross entropy on the held-out images, as a dict; PGD-20 as eval_attacks.py
+    runs it, at the training ε."""
+    epsilon = float(Fraction(args.epsilon))
+
+    def pgd20(x, y, indices):
+        start = attacks.start_per_image("uniform", x, epsilon, indices)
+        return attacks.pgd(forward, x, y, losses.cross_entropy, epsilon=epsilon, step_size=epsilon / 10, num_steps=20,
+                           random_start=start)
+
+    names = [f"val_{kind}_{what}" for kind in ("natural", "robust") for what in ("accuracy", "loss")]
+    row = dict.fromkeys(names)
+    if not len(val.labels):
+        return row
+    with models.frozen(model):
+        for name, attack in (("natural", None), ("robust", pgd20)):
+            logits = attacks.attacked_logits(model, val.images, val.labels, attack, args.batch_size)
+            row[f"val_{name}_accuracy"] = (logits.argmax(1) == val.labels.cpu()).float().mean().item()
+            row[f"val_{name}_loss"] = losses.cross_entropy(logits, val.labels.cpu()).mean().item()
+    return row
+
+
+@torch.no_grad()
+def shares(model, x, x_adv, y, alpha):
+    """Of a batch: how many have p_y(x) > 1 - α, where ascending LSCE raises the true logit; how many the attack made
+    easier, p_y(x_adv) > p_y(x); and the batch's size."""
+    before, after = (model(batch).float().softmax(1).gather(1, y[:, None])[:, 0] for batch in (x, x_adv))
+    return torch.stack([(before > 1 - alpha).sum(), (after > before).sum(), torch.tensor(len(y), device=y.device)])
+
+
+def write_log(out_dir, rows):
+    """log.csv and curves.png from the rows, one an epoch."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, rows[0])
+    writer.writeheader()
+    writer.writerows({key: f"{v:.6g}" if isinstance(v, float) else v for key, v in row.items()} for row in rows)
+    checkpoints.write_atomically(out_dir / "log.csv", text.getvalue().encode())
+
+    import matplotlib  # here, so that importing this file stays quick
+
+    matplotlib.use("agg")
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(1, 2, figsize=(9, 3.2), layout="constrained")
+    epochs = [row["epoch"] for row in rows]
+    for ax, unit, names in (
+        (axes[0], "accuracy (%)", ("train_natural_accuracy", "train_robust_accuracy", "val_natural_accuracy",
+                                   "val_robust_accuracy")),
+        (axes[1], "loss", ("train_loss", "val_natural_loss", "val_robust_loss")),
+    ):
+        for name in names:
+            values = [row[name] for row in rows]
+            if None not in values:
+                scale = 100 if unit.startswith("accuracy") else 1
+                style = dict(linestyle="--" if name.startswith("train") else "-", marker=".")
+                ax.plot(epochs, [scale * v for v in values], label=name.replace("_", " ").replace(" accuracy", ""), **style)
+        ax.set(xlabel="epoch", ylabel=unit)
+        ax.grid(alpha=0.3)
+        ax.legend(fontsize=8)
+    image = io.BytesIO()
+    figure.savefig(image, dpi=100)
+    plt.close(figure)
+    checkpoints.write_atomically(out_dir / "curves.png", image.getvalue())
+
+
+def epoch_row(args, epoch, lr, sums, steps):
+    """A row of the log from the epoch's running sums; None, an empty cell, for what the defense does not have."""
+    loss, natural, robust, confident, easier, sampled = sums
+    row = {"epoch": epoch, "lr": lr, "train_loss": loss / steps}
+    row["train_natural_accuracy"] = natural / steps if args.defense != "madry" else None
+    row["train_robust_accuracy"] = robust / steps if sampled else None
+    has_alpha = sampled and (args.defense != "trades" or args.spat_alpha is not None)
+    row["share_p_y_above_1_minus_alpha"] = confident / sampled if has_alpha else None
+    row["share_made_easier"] = easier / sampled if sampled else None
+    return row
+
+
+def summary(row):
+    """The line on the screen at the end of an epoch."""
+    parts = [f"epoch {row['epoch']}", f"lr {row['lr']:.4g}", f"loss {row['train_loss']:.4f}"]
+    for name in ("natural", "robust"):
+        if row[f"val_{name}_accuracy"] is not None:
+            parts.append(f"val {name} {row[f'val_{name}_accuracy']:.2%}")
+    return "  ".join(parts + [f"{row['images_per_s']:.0f} img/s"])
+
+
+def pick_forward(args, model, images, passes):
+    """(eager, fast) callables x -> logits of the model, by --precision and --compile; what auto comes to is printed
+    and put into args. passes: how many forward-backward passes over a batch the run will make."""
+    args.precision, why = models.pick_precision(args.precision, images.device)
+    print(f"precision {args.precision}: {why}")
+    plain = models.fast_forward(model, args.precision)
+    x = images[torch.arange(args.batch_size, device=images.device) % len(images)].float().div(255)
+    forward, args.compile, why = models.pick_compiled(args.compile, model, args.precision, x, passes)
+    print(f"compile {args.compile}: {why}")
+    return plain, forward
+
+
+def train(args, state, train_set, val_set, device):
+    """The run from its first step, or from the checkpoint `state`, to its end. Writes into args.out_dir."""
+    out_dir = pathlib.Path(args.out_dir)
+    torch.manual_seed(args.seed)  # for the initial weights; every later draw is a function of (seed, step)
+    model = models.build_model(args.arch, len(train_set.classes)).to(device)
+    optimizer = torch.optim.SGD(model.parameters(), lr=args.lr, momentum=args.momentum, nesterov=args.nesterov,
+                                weight_decay=args.weight_decay)
+    steps_per_epoch = math.ceil(len(train_set.labels) / args.batch_size)
+    total_steps = args.epochs * steps_per_epoch
+    epsilon, step_size = float(Fraction(args.epsilon)), float(Fraction(args.step_size))
+    outer, inner = OUTER[args.defense], INNER.get(args.defense)
+    if args.spat_alpha is not None:
+        inner = functools.partial(losses.lsce, alpha=args.spat_alpha)
+    plain, forward = pick_forward(args, model, train_set.images, total_steps * (args.num_steps + 4))
+    checkpoints.write_atomically(out_dir / "args.json", json.dumps(vars(args), indent=2).encode())
+
+    first_step, rows, best, sums = 0, [], -1.0, torch.zeros(6, device=device)
+    if state is not None:
+        model.load_state_dict(state["state_dict"])
+        optimizer.load_state_dict(state["optimizer"])
+        first_step, rows, best, sums = state["step"], state["rows"], state["best"], state["sums"].to(device)
+
+    def checkpoint(step):
+        return {"format": checkpoints.FORMAT, "args": vars(args), "classes": train_set.classes,
+                "epoch": step // steps_per_epoch, "state_dict": model.state_dict(), "optimizer": optimizer.state_dict(),
+                "step": step, "rows": rows, "best": best, "sums": sums}
+
+    read_every = 50 if device.type == "cuda" else 1  # reading a number off a GPU waits for it
+    bar = tqdm(total=total_steps * args.batch_size, initial=first_step * args.batch_size, unit="img", unit_scale=True,
+               dynamic_ncols=True, mininterval=1.0)
+    saved = epoch_start = time.perf_counter()
+    epoch_first_step = first_step
+
+    for step in range(first_step, total_steps):
+        epoch, i = divmod(step, steps_per_epoch)
+        if i == 0 or step == first_step:
+            order = data.batches(len(train_set.labels), args.batch_size, args.seed, epoch).to(device)
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(args, epoch + 1, step / total_steps)
+        rng = data.step_generator(device, args.seed, step)
+        x, y = data.augment(train_set.images[order[i]], rng), train_set.labels[order[i]]
+
+        logits_nat = logits_adv = None
+        if args.defense != "standard":  # the inner maximisation, Eq. 10
+            with models.frozen(model):
+                target = y
+                if inner is losses.kl_divergence:
+                    with torch.no_grad():
+                        target = plain(x).float().softmax(1)
+                start = attacks.start_perturbation(args.random_start, x, epsilon, rng)
+                x_adv = attacks.pgd(forward, x, target, inner, epsilon=epsilon, step_size=step_size,
+                                    num_steps=args.num_steps, random_start=start)
+                if i % SHARES_EVERY == 0:
+                    sums[3:] += shares(plain, x, x_adv, y, args.spat_alpha or 0.0)
+
+        model.train()  # the outer minimisation, Eq. 4; two separate forward passes, natural first
+        if args.defense != "madry":
+            logits_nat = forward(x)
+        if args.defense != "standard":
+            logits_adv = forward(x_adv)
+        loss = outer(logits_adv, logits_nat, y, args.beta)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        optimizer.step()
+
+        sums[0] += loss.detach()
+        for k, logits in enumerate((logits_nat, logits_adv), start=1):
+            if logits is not None:
+                sums[k] += (logits.argmax(1) == y).float().mean()
+        bar.update(args.batch_size)
+        last_of_epoch = i == steps_per_epoch - 1
+        if last_of_epoch or step % read_every == 0:
+            mean_loss, _, robust = (sums[:3] / (i + 1)).tolist()
+            if not math.isfinite(mean_loss):
+                raise FloatingPointError(f"loss {mean_loss} at step {step + 1} (epoch {epoch + 1}, lr {group['lr']:g}): "
+                                         f"stopped; the last good checkpoint is {out_dir / 'last.pt'}")
+            bar.set_description(f"epoch {epoch + 1}/{args.epochs}", refresh=False)
+            bar.set_postfix_str(f"loss {mean_loss:.3f}" + f", robust {robust:.1%}" * (logits_adv is not None), refresh=False)
+
+        if last_of_epoch:
+            seconds = time.perf_counter() - epoch_start
+            row = epoch_row(args, epoch + 1, group["lr"], sums.tolist(), steps_per_epoch)
+            row |= validate(model, forward, val_set, args) | {"seconds": seconds}
+            row["images_per_s"] = (step + 1 - epoch_first_step) * args.batch_size / seconds
+            rows.append(row)
+            sums.zero_()
+            score = row["val_natural_accuracy" if args.defense == "standard" else "val_robust_accuracy"]
+            if score is not None and score > best:
+                best = score
+                checkpoints.save({k: v for k, v in checkpoint(step + 1).items() if k != "optimizer"}, out_dir / "best.pt")
+            checkpoints.save_run(checkpoint(step + 1), out_dir)
+            write_log(out_dir, rows)
+            bar.write(summary(row))
+            saved = epoch_start = time.perf_counter()
+            epoch_first_step = step + 1
+        elif time.perf_counter() - saved > 60 * args.save_minutes:
+            checkpoints.save_run(checkpoint(step + 1), out_dir)
+            saved = time.perf_counter()
+    bar.close()
+
+
+def main(argv=None):
+    parser, typed = parse_args(argv)
+    try:
+        args, state = new_or_resumed(typed)
+        device = models.pick_device(args.device)
+        dataset = data.load(args.dataset, args.data_dir, train=True)
+        train_set, val_set = data.split(dataset, args.val_size, args.limit_train)
+        out_dir = pathlib.Path(args.out_dir)
+        out_dir.mkdir(parents=True, exist_ok=True)
+    except (ValueError, OSError) as error:
+        parser.error(error)
+    print(f"{args.dataset}: training on {len(train_set.labels)} images, {len(val_set.labels)} held out; {args.out_dir}")
+    try:
+        train(args, state, train_set.to(device), val_set.to(device), device)
+    except FloatingPointError as error:
+        sys.exit(f"{parser.prog}: {error}")
+    best = "best.pt" if args.val_size else "last.pt"
+    print(f"python eval_attacks.py --model-path {out_dir / best}")
+
+
+if __name__ == "__main__":
+    main()
