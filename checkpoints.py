@@ -7,6 +7,7 @@ import hashlib
 import os
 import pathlib
 import re
+import warnings
 
 import torch
 
@@ -77,7 +78,8 @@ def load(path, device="cpu"):
     if head.lstrip().startswith(b"<"):
         raise ValueError(f"{path}: an HTML page, not a model: the download went wrong")
     try:
-        return torch.load(path, map_location=device, weights_only=True)
+        with warnings.catch_warnings(action="ignore"):  # on another pickle protocol than torch's
+            return torch.load(path, map_location=device, weights_only=True)
     except Exception as error:  # torch.load raises nearly anything on a damaged file
         raise ValueError(f"{path}: not a model file, or a damaged one ({type(error).__name__})") from None
 

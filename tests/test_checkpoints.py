@@ -1,0 +1,122 @@
+"""Model files: round trips, other people's key names, and every way in which a file can be bad."""
+
+import os
+import pickle
+import zipfile
+
+import pytest
+import torch
+
+import checkpoints
+import models
+
+
+def own_checkpoint(path, arch="wrn-10-1", num_classes=4):
+    torch.manual_seed(0)
+    model = models.build_model(arch, num_classes).eval()
+    state = {"format": checkpoints.FORMAT, "args": {"dataset": "digits", "arch": arch}, "epoch": 3,
+             "classes": list("abcd"), "state_dict": model.state_dict()}
+    checkpoints.save(state, path)
+    return model
+
+
+@pytest.mark.parametrize("arch", ["wrn-10-1", "wrn-16-2", "resnet-18", "preact-resnet-18"])
+@pytest.mark.parametrize("prefix", ["", "module.", "module._orig_mod.", "model."])
+def test_bare_state_dicts_load_with_any_prefix(tmp_path, arch, prefix):
+    model = models.build_model(arch, 7).eval()
+    state = {prefix + key: value for key, value in model.state_dict().items()}
+    if arch.startswith("wrn"):
+        state |= {prefix + "sub_block1.layer.0.conv1.weight": torch.zeros(1)}  # TRADES' unused copy of block1
+    torch.save(state, tmp_path / "m.pt")
+    loaded, info = checkpoints.load_model(tmp_path / "m.pt")
+    x = torch.rand(2, 3, 32, 32)
+    with torch.no_grad():
+        assert torch.equal(loaded(x), model(x))
+    assert (info["arch"], info["num_classes"]) == (arch, 7) and not loaded.training and "args" not in info
+
+
+def test_own_files_carry_their_arguments(tmp_path):
+    model = own_checkpoint(tmp_path / "m.pt")
+    loaded, info = checkpoints.load_model(tmp_path / "m.pt", arch="wrn-10-1", num_classes=4)
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), loaded.parameters(), strict=True))
+    assert info["args"]["dataset"] == "digits" and info["epoch"] == 3 and len(info["sha256"]) == 64
+
+
+class Payload:
+    """Unpickled without care, it creates a file."""
+
+    def __init__(self, path):
+        self.path = str(path)
+
+    def __reduce__(self):
+        return os.mkdir, (self.path,)
+
+
+def test_code_in_a_file_is_not_run(tmp_path):
+    torch.save({"state_dict": Payload(tmp_path / "ran")}, tmp_path / "zip.pt")
+    (tmp_path / "pickle.pt").write_bytes(pickle.dumps(Payload(tmp_path / "ran")))
+    for name in ("zip.pt", "pickle.pt"):
+        with pytest.raises(ValueError, match="not a model file"):
+            checkpoints.load_model(tmp_path / name)
+    assert not (tmp_path / "ran").exists()
+    pickle.loads((tmp_path / "pickle.pt").read_bytes())
+    assert (tmp_path / "ran").exists()  # the payload works: the test can fail
+
+
+def bad_files(folder):
+    own_checkpoint(folder / "good.pt")
+    whole = (folder / "good.pt").read_bytes()
+    torch.save([1, 2], folder / "list.pt")
+    torch.save({"a": 1}, folder / "numbers.pt")
+    torch.save({"weight": torch.zeros(2)}, folder / "unknown.pt")
+    state = models.build_model("wrn-10-1").state_dict()
+    del state["bn1.weight"]
+    torch.save(state, folder / "incomplete.pt")
+    with zipfile.ZipFile(folder / "zip.pt", "w") as file:
+        file.writestr("a.txt", "hello")
+    for name, content in (("empty.pt", b""), ("page.pt", b"<!DOCTYPE html><html>"), ("text.pt", b"hello world\n" * 50),
+                          ("half.pt", whole[: len(whole) // 2]), ("cut.pt", whole[:-1])):
+        (folder / name).write_bytes(content)
+    return {"absent.pt": "no such file", "empty.pt": "empty", "page.pt": "HTML page", "text.pt": "not a model file",
+            "half.pt": "not a model file", "cut.pt": "not a model file", "list.pt": "no state dict",
+            "numbers.pt": "no state dict", "unknown.pt": "no known architecture", "incomplete.pt": "bn1.weight",
+            "zip.pt": "not a model file"}
+
+
+def test_bad_files_are_refused_in_one_line(tmp_path):
+    for name, message in bad_files(tmp_path).items():
+        with pytest.raises(ValueError, match=message) as error:
+            checkpoints.load_model(tmp_path / name)
+        assert "\n" not in str(error.value) and name in str(error.value)
+
+
+def test_the_file_must_be_what_the_caller_says(tmp_path):
+    own_checkpoint(tmp_path / "m.pt")
+    with pytest.raises(ValueError, match="it is a wrn-10-1, not a resnet-18"):
+        checkpoints.load_model(tmp_path / "m.pt", arch="resnet-18")
+    with pytest.raises(ValueError, match="4 classes, not 10"):
+        checkpoints.load_model(tmp_path / "m.pt", num_classes=10)
+
+
+def test_a_failed_save_leaves_the_old_file(tmp_path, monkeypatch):
+    checkpoints.save({"a": torch.zeros(1)}, tmp_path / "m.pt")
+    before = (tmp_path / "m.pt").read_bytes()
+
+    def full(state, file):
+        file.write(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(OSError):
+        checkpoints.save({"a": torch.ones(1)}, tmp_path / "m.pt")
+    assert (tmp_path / "m.pt").read_bytes() == before
+    assert [file.name for file in tmp_path.iterdir()] == ["m.pt"]
+
+
+def test_a_run_keeps_the_checkpoint_before_the_last(tmp_path, capsys):
+    for step in (1, 2):
+        checkpoints.save_run({"format": checkpoints.FORMAT, "step": step}, tmp_path)
+    assert checkpoints.load_run(tmp_path)["step"] == 2
+    (tmp_path / "last.pt").write_bytes(b"cut")
+    assert checkpoints.load_run(tmp_path)["step"] == 1
+    assert "going on from last.prev.pt" in capsys.readouterr().out

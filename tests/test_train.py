@@ -1,0 +1,225 @@
+"""The trainer: defaults, schedules, bad input, a run end to end, and resume."""
+
+import csv
+import json
+import math
+
+import pytest
+import torch
+from conftest import fails_in_one_line
+
+import checkpoints
+import data
+import losses
+import train_cifar
+
+TINY = ["--dataset", "digits", "--limit-train", "48", "--val-size", "16", "--batch-size", "16", "--num-steps", "2",
+        "--epochs", "2", "--precision", "fp32", "--compile", "off"]
+
+
+def arguments(*argv):
+    return train_cifar.with_defaults(train_cifar.parse_args(argv)[1])
+
+
+def test_defaults_are_the_papers():
+    args = arguments("--defense", "mart", "--spat-alpha", "0.3")
+    expected = dict(dataset="cifar10", arch="wrn-34-10", epochs=90, batch_size=128, lr=0.1, momentum=0.9,
+                    nesterov=False, weight_decay=7e-4, lr_schedule="step", lr_milestones=[75, 90], epsilon="8/255",
+                    step_size="2/255", num_steps=10, random_start="gaussian", beta=5.0, spat_alpha=0.3, seed=1,
+                    out_dir="runs/cifar10-wrn-34-10-mart-spat0.3-s1")
+    assert {key: getattr(args, key) for key in expected} == expected
+
+
+@pytest.mark.parametrize("argv, expected", [
+    (["--defense", "trades"], dict(beta=6.0, spat_alpha=None, weight_decay=7e-4)),
+    (["--defense", "trades", "--dataset", "cifar100"], dict(weight_decay=2e-4)),
+    (["--defense", "madry", "--dataset", "cifar100"], dict(weight_decay=2e-4, beta=None)),
+    (["--defense", "mart", "--dataset", "cifar100"], dict(weight_decay=7e-4)),
+    (["--defense", "madry", "--epochs", "30"], dict(lr_milestones=[25, 30])),
+    (["--defense", "madry", "--epsilon", "0.031"], dict(epsilon="0.031", step_size="31/4000")),
+    (["--defense", "madry", "--dataset", "digits"], dict(epsilon=data.EPSILON["digits"], arch="wrn-10-1")),
+    (["--defense", "madry", "--dataset", "digits", "--epsilon", "0.2", "--arch", "resnet-18"],
+     dict(epsilon="0.2", arch="resnet-18")),
+])
+def test_defaults_by_data_set_and_defense(argv, expected):
+    args = arguments(*argv)
+    assert {key: getattr(args, key) for key in expected} == expected
+
+
+def test_step_schedule_at_its_boundaries():
+    args = arguments("--defense", "mart")
+    rates = {epoch: train_cifar.learning_rate(args, epoch, 0.0) for epoch in (1, 74, 75, 89, 90)}
+    assert rates == pytest.approx({1: 0.1, 74: 0.1, 75: 0.01, 89: 0.01, 90: 0.001})
+
+
+def test_cosine_schedule_is_torchs():
+    args = arguments("--defense", "mart", "--lr-schedule", "cosine", "--epochs", "20")
+    optimizer = torch.optim.SGD([torch.zeros(1)], lr=args.lr)
+    theirs = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, args.epochs)
+    for epoch in range(1, 21):
+        assert train_cifar.learning_rate(args, epoch, 0.0) == pytest.approx(theirs.get_last_lr()[0], abs=1e-12)
+        optimizer.step()
+        theirs.step()
+
+
+def test_onecycle_rises_to_the_peak_and_falls_to_zero():
+    args = arguments("--defense", "mart", "--lr-schedule", "onecycle")
+    rates = [train_cifar.learning_rate(args, 1, k / 1000) for k in range(1001)]
+    assert rates[0] == pytest.approx(0.004) and max(rates) == rates[300] == pytest.approx(0.1)
+    assert rates[:301] == sorted(rates[:301]) and rates[300:] == sorted(rates[300:], reverse=True)
+    assert rates[650] == pytest.approx(0.05) and rates[1000] == pytest.approx(0, abs=1e-12)
+
+
+BAD = {
+    "no defense": [],
+    "unknown defense": ["--defense", "fat"],
+    "unknown data": ["--defense", "mart", "--dataset", "mnist"],
+    "bad arch": ["--defense", "mart", "--arch", "wrn-33-10"],
+    "alpha above 1": ["--defense", "mart", "--spat-alpha", "1.1"],
+    "alpha below 0": ["--defense", "mart", "--spat-alpha=-0.1"],
+    "alpha nan": ["--defense", "mart", "--spat-alpha", "nan"],
+    "alpha for standard": ["--defense", "standard", "--spat-alpha", "0.3"],
+    "beta for madry": ["--defense", "madry", "--beta", "6"],
+    "kl without start": ["--defense", "trades", "--random-start", "none"],
+    "epsilon in pixels": ["--defense", "mart", "--epsilon", "8"],
+    "epsilon negative": ["--defense", "mart", "--epsilon=-1"],
+    "epsilon zero": ["--defense", "mart", "--epsilon", "0"],
+    "epsilon by zero": ["--defense", "mart", "--epsilon", "8/0"],
+    "epsilon a word": ["--defense", "mart", "--epsilon", "big"],
+    "no steps": ["--defense", "mart", "--num-steps", "0"],
+    "half a step": ["--defense", "mart", "--num-steps", "2.5"],
+    "no epochs": ["--defense", "mart", "--epochs", "0"],
+    "milestones swapped": ["--defense", "mart", "--lr-milestones", "90", "75"],
+    "milestones of cosine": ["--defense", "mart", "--lr-schedule", "cosine", "--lr-milestones", "75", "90"],
+    "lr infinite": ["--defense", "mart", "--lr", "inf"],
+    "nesterov alone": ["--defense", "mart", "--nesterov", "--momentum", "0"],
+    "abbreviation": ["--defense", "mart", "--epoch", "3"],
+    "no run to resume": ["--defense", "mart", "--resume"],
+    "no folder to resume": ["--resume", "--out-dir", "nowhere"],
+    "too many held out": ["--defense", "mart", "--dataset", "digits", "--val-size", "1397"],
+    "limit above the set": ["--defense", "mart", "--dataset", "digits", "--limit-train", "5000"],
+    "no cifar": ["--defense", "mart", "--data-dir", "cut"],
+    "out-dir is a file": ["--defense", "mart", "--dataset", "digits", "--out-dir", "cut/cifar-10-batches-py/test_batch"],
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_input_is_one_line_and_writes_nothing(name, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "cut/cifar-10-batches-py").mkdir(parents=True)
+    (tmp_path / "cut/cifar-10-batches-py/test_batch").write_bytes(b"cut")
+    fails_in_one_line(train_cifar.main, BAD[name], capsys)
+    assert sorted(str(f.relative_to(tmp_path)) for f in tmp_path.rglob("*")) == [
+        "cut", "cut/cifar-10-batches-py", "cut/cifar-10-batches-py/test_batch"]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device here")
+def test_cuda_without_a_device(tmp_path, capsys):
+    argv = ["--defense", "mart", "--dataset", "digits", "--device", "cuda", "--out-dir", tmp_path / "run"]
+    assert "CUDA" in fails_in_one_line(train_cifar.main, argv, capsys)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("defense", [
+    ["standard"], ["madry"], ["trades"], ["mart"], ["madry", "--spat-alpha", "0.2"], ["trades", "--spat-alpha", "0.1"],
+    ["mart", "--spat-alpha", "0.3"], ["trades", "--spat-alpha", "0"],
+])
+def test_every_defense_trains(defense, tmp_path, capsys):
+    train_cifar.main(["--defense", *defense, *TINY, "--out-dir", str(tmp_path)])
+    rows = list(csv.DictReader(open(tmp_path / "log.csv")))
+    assert [row["epoch"] for row in rows] == ["1", "2"]
+    adversarial, has_alpha = defense[0] != "standard", defense not in (["standard"], ["trades"])
+    for row in rows:
+        assert math.isfinite(float(row["train_loss"])) and 0 <= float(row["val_robust_accuracy"]) <= 1
+        assert bool(row["share_made_easier"]) == adversarial == bool(row["train_robust_accuracy"])
+        assert bool(row["share_p_y_above_1_minus_alpha"]) == has_alpha
+        assert float(row["images_per_s"]) > 0 and float(row["val_robust_loss"]) >= float(row["val_natural_loss"])
+    args = json.loads((tmp_path / "args.json").read_text())
+    assert args["defense"] == defense[0] and args["epsilon"] == data.EPSILON["digits"]
+    assert {f.name for f in tmp_path.iterdir()} == {
+        "args.json", "log.csv", "curves.png", "best.pt", "last.pt", "last.prev.pt"}
+    best, last = checkpoints.load_model(tmp_path / "best.pt")[1], checkpoints.load_model(tmp_path / "last.pt")[1]
+    scores = [float(row["val_robust_accuracy" if adversarial else "val_natural_accuracy"]) for row in rows]
+    assert last["epoch"] == 2 and best["epoch"] == 1 + scores.index(max(scores))
+
+
+def test_the_attack_uses_the_objective_that_alpha_asks_for(tmp_path, monkeypatch):
+    """--spat-alpha replaces the inner objective and touches nothing else."""
+    seen = set()
+    real = train_cifar.attacks.pgd
+
+    def spy(model, x, target, objective, **settings):
+        if settings["num_steps"] == 2:  # training; validation runs 20
+            logits = torch.randn(4, 10, generator=torch.Generator().manual_seed(0))
+            y = torch.tensor([1, 2, 3, 4])
+            seen.add(tuple(objective(logits, logits.softmax(1) if target.ndim == 2 else y).tolist()))
+            seen.add(settings["epsilon"])
+        return real(model, x, target, objective, **settings)
+
+    monkeypatch.setattr(train_cifar.attacks, "pgd", spy)
+    logits = torch.randn(4, 10, generator=torch.Generator().manual_seed(0))
+    y = torch.tensor([1, 2, 3, 4])
+    for flags, value in (
+        (["trades"], losses.kl_divergence(logits, logits.softmax(1))),
+        (["trades", "--spat-alpha", "0.1"], losses.lsce(logits, y, 0.1)),
+        (["trades", "--spat-alpha", "0"], losses.cross_entropy(logits, y)),
+        (["mart"], losses.cross_entropy(logits, y)),
+        (["mart", "--spat-alpha", "0.3"], losses.lsce(logits, y, 0.3)),
+    ):
+        seen.clear()
+        train_cifar.main(["--defense", *flags, *TINY, "--epochs", "1", "--out-dir", str(tmp_path / "-".join(flags))])
+        assert seen == {tuple(value.tolist()), float(data.EPSILON["digits"])}
+
+
+def test_no_held_out_images_no_best(tmp_path):
+    train_cifar.main(["--defense", "madry", *TINY, "--val-size", "0", "--out-dir", str(tmp_path)])
+    assert (tmp_path / "last.pt").exists() and not (tmp_path / "best.pt").exists()
+    assert all(row["val_robust_accuracy"] == "" for row in csv.DictReader(open(tmp_path / "log.csv")))
+
+
+def test_a_new_run_does_not_overwrite_an_old_one(tmp_path, capsys):
+    argv = ["--defense", "madry", *TINY, "--epochs", "1", "--out-dir", str(tmp_path)]
+    train_cifar.main(argv)
+    before = {f.name: f.read_bytes() for f in tmp_path.iterdir()}
+    capsys.readouterr()
+    assert "--resume" in fails_in_one_line(train_cifar.main, argv, capsys)
+    assert "--spat-alpha 0.3" in fails_in_one_line(train_cifar.main, [*argv, "--resume", "--spat-alpha", "0.3"], capsys)
+    assert {f.name: f.read_bytes() for f in tmp_path.iterdir()} == before
+
+
+def without_times(path):
+    return [{k: v for k, v in row.items() if k not in ("seconds", "images_per_s")}
+            for row in csv.DictReader(open(path))]
+
+
+@pytest.mark.parametrize("stop_after", [1, 3, 4, 5])
+def test_a_stopped_run_goes_on_to_the_same_end(tmp_path, monkeypatch, stop_after):
+    """Stopped after any step and resumed: bit-identical weights and best.pt, the same log."""
+    argv = ["--defense", "mart", "--spat-alpha", "0.3", *TINY, "--save-minutes", "0"]
+    train_cifar.main([*argv, "--out-dir", str(tmp_path / "whole")])
+    real, calls = data.augment, []
+
+    def stop(*args):
+        calls.append(1)
+        if len(calls) > stop_after:
+            raise KeyboardInterrupt
+        return real(*args)
+
+    monkeypatch.setattr(data, "augment", stop)
+    with pytest.raises((KeyboardInterrupt, SystemExit)):
+        train_cifar.main([*argv, "--out-dir", str(tmp_path / "cut")])
+    monkeypatch.setattr(data, "augment", real)
+    torch.manual_seed(123)  # whatever the global state is
+    train_cifar.main(["--resume", "--out-dir", str(tmp_path / "cut")])
+    assert without_times(tmp_path / "cut/log.csv") == without_times(tmp_path / "whole/log.csv")
+    for name in ("last.pt", "best.pt"):
+        whole, cut = (checkpoints.load(tmp_path / run / name)["state_dict"] for run in ("whole", "cut"))
+        assert all(torch.equal(whole[key], cut[key]) for key in whole)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, monkeypatch):
+    argv = ["--defense", "madry", *TINY, "--lr", "1e30", "--out-dir", str(tmp_path)]
+    with pytest.raises(SystemExit) as exit_info:
+        train_cifar.main(argv)
+    message = str(exit_info.value.code)
+    assert "step" in message and "lr" in message and "last.pt" in message
