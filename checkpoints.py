@@ -3,7 +3,9 @@
 Nothing from a file is executed: torch.load runs with weights_only=True everywhere.
 """
 
+import csv
 import hashlib
+import io
 import os
 import pathlib
 import re
@@ -63,6 +65,41 @@ def load_run(out_dir):
     if not isinstance(state, dict) or state.get("format") != FORMAT:
         raise ValueError(f"--resume: {out_dir}/last.pt is not a checkpoint of train_cifar.py")
     return state
+
+
+def write_log(out_dir, rows):
+    """log.csv, and curves.png drawn from it; rows: a dict an epoch, None for an empty cell."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, rows[0])
+    writer.writeheader()
+    writer.writerows({key: f"{v:.6g}" if isinstance(v, float) else v for key, v in row.items()} for row in rows)
+    write_atomically(pathlib.Path(out_dir) / "log.csv", text.getvalue().encode())
+
+    import matplotlib  # here, so that loading a model does not wait for it
+
+    matplotlib.use("agg")
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(1, 2, figsize=(9, 3.2), layout="constrained")
+    epochs = [row["epoch"] for row in rows]
+    for ax, unit, scale, names in (
+        (axes[0], "accuracy (%)", 100, [f"{part}_{kind}_accuracy" for part in ("train", "val")
+                                        for kind in ("natural", "robust")]),
+        (axes[1], "loss", 1, ["train_loss", "val_natural_loss", "val_robust_loss"]),
+    ):
+        for name in names:
+            values = [row[name] for row in rows]
+            if None not in values:
+                style = ".--" if name.startswith("train") else ".-"
+                label = name.replace("_accuracy", "").replace("_", " ")
+                ax.plot(epochs, [scale * v for v in values], style, label=label)
+        ax.set(xlabel="epoch", ylabel=unit)
+        ax.grid(alpha=0.3)
+        ax.legend(fontsize=8)
+    image = io.BytesIO()
+    figure.savefig(image, dpi=100)
+    plt.close(figure)
+    write_atomically(pathlib.Path(out_dir) / "curves.png", image.getvalue())
 
 
 def load(path, device="cpu"):

@@ -61,10 +61,7 @@ def parse_args(argv=None):
     add("--dataset", help="cifar10, cifar100, digits or a folder (default: the one the model was trained on)")
     add("--data-dir", default="data", metavar="DIR", help="where CIFAR is, or is downloaded to (default: data)")
     add("--arch", help="refuse the file if it holds another architecture (default: take what it holds)")
-    add("--precision", choices=("auto", "fp32", "bf16"), default="auto",
-        help="in which attacks are crafted; auto: the faster on this machine (default: auto)")
-    add("--compile", choices=("auto", "on", "off"), default="auto", help="torch.compile (default: auto)")
-    add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="(default: auto)")
+    cli.add_runtime_flags(parser, default="auto")
     add("--json", metavar="FILE", help="write the result there, after every attack (default: no file)")
     args = parser.parse_args(argv)
     if ("pgd-ls" in args.attacks) != bool(args.alphas):
@@ -139,7 +136,8 @@ def table(result):
     spat = "" if model["spat_alpha"] is None else f" + SPAT (α {model['spat_alpha']:g})"
     trained = f", {model['defense']}{spat}, {model['epochs']} epochs, seed {model['seed']}" if model["defense"] else ""
     lines = [f"{model['path']}: {model['arch']} on {model['dataset']}{trained}",
-             f"the first {result['n']} test images; attacks at ε {result['epsilon']} crafted in {result['precision']}", "",
+             f"the first {result['n']} test images; attacks at ε {result['epsilon']} crafted in {result['precision']}",
+             "",
              f"{'attack':<16} {'correct':>13} {'accuracy':>9}   95 % interval   {'seconds':>7}"]
     for row in result["attacks"]:
         low, high = row["interval"]
@@ -148,7 +146,8 @@ def table(result):
     paper = TABLE_3.get((model["dataset"], model["defense"], model["spat_alpha"]))
     if paper and Fraction(result["epsilon"]) == Fraction(8, 255):
         names = ("Natural", "FGSM", "PGD-20", "CW-inf")
-        lines.append("paper, Table 3 (WRN-34-10): " + "  ".join(f"{k} {v:.2f}" for k, v in zip(names, paper, strict=True)))
+        row = "  ".join(f"{name} {value:.2f}" for name, value in zip(names, paper, strict=True))
+        lines.append("paper, Table 3 (WRN-34-10): " + row)
     return "\n".join(lines)
 
 
@@ -165,11 +164,11 @@ def evaluate(model, test, args, result):
     todo = attack_list(args)
     model = model.to(args.device_used)
     test = test.to(args.device_used)
-    args.precision, why = models.pick_precision(args.precision, args.device_used)
+    args.precision, why = cli.pick_precision(args.precision, args.device_used)
     result["precision"] = args.precision
     passes = sum(params.get("num_steps", 1) for _, params in todo) * -(-len(test.labels) // args.batch_size)
     x = test.images[torch.arange(args.batch_size) % len(test.labels)].float().div(255)
-    forward, args.compile, why_compile = models.pick_compiled(args.compile, model, args.precision, x, passes)
+    forward, args.compile, why_compile = cli.pick_compiled(args.compile, model, args.precision, x, passes)
     print(f"precision {args.precision}: {why}; compile {args.compile}: {why_compile}")
     cost = [1 + params.get("num_steps", 0) for _, params in todo]
     with models.frozen(model), tqdm(total=sum(cost) * len(test.labels), unit="pass", unit_scale=True,
@@ -188,7 +187,7 @@ def evaluate(model, test, args, result):
 def main(argv=None):
     parser, args = parse_args(argv)
     try:
-        args.device_used = models.pick_device(args.device)
+        args.device_used = cli.pick_device(args.device)
         model, info = checkpoints.load_model(args.model_path, arch=args.arch)
         trained_on = info.get("args", {}).get("dataset") or {100: "cifar100"}.get(info["num_classes"], "cifar10")
         dataset = args.dataset or trained_on

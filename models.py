@@ -6,13 +6,11 @@ work fit. No normalisation inside: images go in as they are, as in TRADES and MA
 
 import contextlib
 import re
-import time
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-COMPILE_PAYS_MINUTES = 10  # of eager run time; compiling takes one to two minutes and saves 10 to 40 %
 ARCHS = "wrn-D-W with D = 6n + 4 (wrn-34-10, wrn-28-10, wrn-16-2, ...), resnet-18, resnet-50, preact-resnet-18"
 
 
@@ -207,77 +205,3 @@ def frozen(model):
             module.training = training
         for parameter, requires_grad in wants:
             parameter.requires_grad_(requires_grad)
-
-
-def pick_device(name):
-    """"auto", "cpu" or "cuda" -> torch.device; raises ValueError for cuda where there is none."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name == "cuda" and not torch.cuda.is_available():
-        raise ValueError("--device cuda: torch finds no CUDA device here")
-    return torch.device(name)
-
-
-def seconds(function, device, repeats=3):
-    """The shortest of a few timed calls, after one that is not counted."""
-    times = []
-    for _ in range(repeats + 1):
-        start = time.perf_counter()
-        function()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        times.append(time.perf_counter() - start)
-    return min(times[1:])
-
-
-def pick_precision(name, device):
-    """"auto", "fp32" or "bf16" -> ("fp32" or "bf16", the reason in words). On a CPU a matrix product is timed: one
-    without bf16 units takes longer for bf16 than for float32."""
-    if name != "auto":
-        return name, "as asked"
-    if device.type == "cuda":
-        return ("bf16", "the GPU has bf16 units") if torch.cuda.is_bf16_supported() else ("fp32", "no bf16 units")
-    a = torch.randn(1024, 1024)
-    b = a.bfloat16()
-    ratio = seconds(lambda: a @ a, device) / seconds(lambda: b @ b, device)
-    return "bf16" if ratio > 1.3 else "fp32", f"a bf16 matrix product runs at {ratio:.1f}x the speed of float32 here"
-
-
-def fast_forward(model, precision="fp32"):
-    """A callable x -> logits that runs the model under bf16 autocast if precision is "bf16"."""
-
-    def forward(x):
-        with torch.autocast(x.device.type, torch.bfloat16, enabled=precision == "bf16"):
-            return model(x)
-
-    return forward
-
-
-def pick_compiled(name, model, precision, x, passes):
-    """(callable x -> logits, "on" or "off", the reason in words), for --compile `name`.
-
-    auto compiles when `passes` passes over batches like x take so long that compiling pays. A compiler that is missing
-    or fails gives the eager callable and says so.
-    """
-    eager = fast_forward(model, precision)
-
-    def attack_pass(forward):
-        def run():
-            inputs = x.detach().requires_grad_()
-            torch.autograd.grad(forward(inputs).float().sum(), inputs)
-        return run
-
-    with frozen(model):
-        if name == "off":
-            return eager, "off", "as asked"
-        if name == "auto":
-            minutes = seconds(attack_pass(eager), x.device, repeats=1) * passes / 60
-            if minutes < COMPILE_PAYS_MINUTES:
-                return eager, "off", f"eager needs about {minutes:.0f} minutes, too few for compiling to pay"
-        compiled = torch.compile(eager, dynamic=False)
-        start = time.perf_counter()
-        try:
-            attack_pass(compiled)()
-        except Exception as error:  # whatever the toolchain may raise: the run must go on
-            return eager, "off", f"torch.compile failed ({type(error).__name__}), going on without"
-        return compiled, "on", f"the attack's graph took {time.perf_counter() - start:.0f} s to compile"

@@ -6,9 +6,7 @@
 --spat-alpha A, the label-smoothed cross entropy with α = A (SPAT, Eq. 10). Nothing else knows of SPAT.
 """
 
-import csv
 import functools
-import io
 import json
 import math
 import pathlib
@@ -82,10 +80,7 @@ def parse_args(argv=None):
     add("--step-size", type=cli.ratio, help="of the attack (default: epsilon / 4)")
     add("--num-steps", type=cli.positive_int, help="of the attack (default: 10)")
     add("--random-start", choices=attacks.RANDOM_STARTS, help="of the attack (default: gaussian)")
-    add("--precision", choices=("auto", "fp32", "bf16"),
-        help="bf16: autocast, weights stay float32; auto: the faster on this machine (default: auto)")
-    add("--compile", choices=("auto", "on", "off"), help="auto: if the run is long enough to pay for it (default: auto)")
-    add("--device", choices=("auto", "cpu", "cuda"), help="(default: auto)")
+    cli.add_runtime_flags(parser)
     add("--seed", type=cli.natural_int, help="(default: 1)")
     add("--out-dir", metavar="DIR", help="(default: runs/DATASET-ARCH-DEFENSE[-spatA]-sSEED)")
     add("--save-minutes", type=cli.natural_float, metavar="M", help="save this often, and after epochs (default: 10)")
@@ -137,9 +132,10 @@ def new_or_resumed(typed):
     out_dir = typed.get("out_dir") or with_defaults(typed).out_dir
     state = checkpoints.load_run(out_dir)
     for key, value in typed.items():
-        if key not in FREE_ON_RESUME and value not in ("auto", state["args"].get(key)):
+        of_the_run = state["args"].get(key)
+        if key not in FREE_ON_RESUME and value not in ("auto", of_the_run):
             flag = "--" + key.replace("_", "-")
-            raise ValueError(f"--resume: {flag} {value} would alter the run in {out_dir}, which has {state['args'].get(key)}")
+            raise ValueError(f"--resume: {flag} {value} would alter the run in {out_dir}, which has {of_the_run}")
     return Namespace(**state["args"] | typed | {"out_dir": out_dir}), state
 
 
@@ -181,47 +177,40 @@ def validate(model, forward, val, args):
     return row
 
 
+def inner_maximisation(model, plain, forward, x, y, rng, args):
+    """x_adv, Eq. 10: PGD on the frozen model. plain: the eager forward pass, for what is computed once a batch."""
+    objective, target = INNER[args.defense], y
+    if args.spat_alpha is not None:
+        objective = functools.partial(losses.lsce, alpha=args.spat_alpha)
+    epsilon, step_size = float(Fraction(args.epsilon)), float(Fraction(args.step_size))
+    start = attacks.start_perturbation(args.random_start, x, epsilon, rng)
+    with models.frozen(model):
+        if objective is losses.kl_divergence:
+            with torch.no_grad():
+                target = plain(x).float().softmax(1)
+        return attacks.pgd(forward, x, target, objective, epsilon=epsilon, step_size=step_size,
+                           num_steps=args.num_steps, random_start=start)
+
+
+def outer_minimisation(model, forward, optimizer, x, x_adv, y, args):
+    """One step on the defense's loss, Eq. 4 -> (loss, logits_nat, logits_adv), None for logits that it does without.
+    x and x_adv go through the model apart, natural first: together they would share their batch statistics."""
+    model.train()
+    logits_nat = forward(x) if args.defense != "madry" else None
+    logits_adv = forward(x_adv) if args.defense != "standard" else None
+    loss = OUTER[args.defense](logits_adv, logits_nat, y, args.beta)
+    optimizer.zero_grad(set_to_none=True)
+    loss.backward()
+    optimizer.step()
+    return loss.detach(), logits_nat, logits_adv
+
+
 @torch.no_grad()
 def shares(model, x, x_adv, y, alpha):
     """Of a batch: how many have p_y(x) > 1 - α, where ascending LSCE raises the true logit; how many the attack made
     easier, p_y(x_adv) > p_y(x); and the batch's size."""
     before, after = (model(batch).float().softmax(1).gather(1, y[:, None])[:, 0] for batch in (x, x_adv))
     return torch.stack([(before > 1 - alpha).sum(), (after > before).sum(), torch.tensor(len(y), device=y.device)])
-
-
-def write_log(out_dir, rows):
-    """log.csv and curves.png from the rows, one an epoch."""
-    text = io.StringIO()
-    writer = csv.DictWriter(text, rows[0])
-    writer.writeheader()
-    writer.writerows({key: f"{v:.6g}" if isinstance(v, float) else v for key, v in row.items()} for row in rows)
-    checkpoints.write_atomically(out_dir / "log.csv", text.getvalue().encode())
-
-    import matplotlib  # here, so that importing this file stays quick
-
-    matplotlib.use("agg")
-    from matplotlib import pyplot as plt
-
-    figure, axes = plt.subplots(1, 2, figsize=(9, 3.2), layout="constrained")
-    epochs = [row["epoch"] for row in rows]
-    for ax, unit, names in (
-        (axes[0], "accuracy (%)", ("train_natural_accuracy", "train_robust_accuracy", "val_natural_accuracy",
-                                   "val_robust_accuracy")),
-        (axes[1], "loss", ("train_loss", "val_natural_loss", "val_robust_loss")),
-    ):
-        for name in names:
-            values = [row[name] for row in rows]
-            if None not in values:
-                scale = 100 if unit.startswith("accuracy") else 1
-                style = dict(linestyle="--" if name.startswith("train") else "-", marker=".")
-                ax.plot(epochs, [scale * v for v in values], label=name.replace("_", " ").replace(" accuracy", ""), **style)
-        ax.set(xlabel="epoch", ylabel=unit)
-        ax.grid(alpha=0.3)
-        ax.legend(fontsize=8)
-    image = io.BytesIO()
-    figure.savefig(image, dpi=100)
-    plt.close(figure)
-    checkpoints.write_atomically(out_dir / "curves.png", image.getvalue())
 
 
 def epoch_row(args, epoch, lr, sums, steps):
@@ -248,11 +237,11 @@ def summary(row):
 def pick_forward(args, model, images, passes):
     """(eager, fast) callables x -> logits of the model, by --precision and --compile; what auto comes to is printed
     and put into args. passes: how many forward-backward passes over a batch the run will make."""
-    args.precision, why = models.pick_precision(args.precision, images.device)
+    args.precision, why = cli.pick_precision(args.precision, images.device)
     print(f"precision {args.precision}: {why}")
-    plain = models.fast_forward(model, args.precision)
+    plain = cli.forward_pass(model, args.precision)
     x = images[torch.arange(args.batch_size, device=images.device) % len(images)].float().div(255)
-    forward, args.compile, why = models.pick_compiled(args.compile, model, args.precision, x, passes)
+    forward, args.compile, why = cli.pick_compiled(args.compile, model, args.precision, x, passes)
     print(f"compile {args.compile}: {why}")
     return plain, forward
 
@@ -266,10 +255,6 @@ def train(args, state, train_set, val_set, device):
                                 weight_decay=args.weight_decay)
     steps_per_epoch = math.ceil(len(train_set.labels) / args.batch_size)
     total_steps = args.epochs * steps_per_epoch
-    epsilon, step_size = float(Fraction(args.epsilon)), float(Fraction(args.step_size))
-    outer, inner = OUTER[args.defense], INNER.get(args.defense)
-    if args.spat_alpha is not None:
-        inner = functools.partial(losses.lsce, alpha=args.spat_alpha)
     plain, forward = pick_forward(args, model, train_set.images, total_steps * (args.num_steps + 4))
     checkpoints.write_atomically(out_dir / "args.json", json.dumps(vars(args), indent=2).encode())
 
@@ -299,42 +284,30 @@ def train(args, state, train_set, val_set, device):
         rng = data.step_generator(device, args.seed, step)
         x, y = data.augment(train_set.images[order[i]], rng), train_set.labels[order[i]]
 
-        logits_nat = logits_adv = None
-        if args.defense != "standard":  # the inner maximisation, Eq. 10
-            with models.frozen(model):
-                target = y
-                if inner is losses.kl_divergence:
-                    with torch.no_grad():
-                        target = plain(x).float().softmax(1)
-                start = attacks.start_perturbation(args.random_start, x, epsilon, rng)
-                x_adv = attacks.pgd(forward, x, target, inner, epsilon=epsilon, step_size=step_size,
-                                    num_steps=args.num_steps, random_start=start)
-                if i % SHARES_EVERY == 0:
-                    sums[3:] += shares(plain, x, x_adv, y, args.spat_alpha or 0.0)
-
-        model.train()  # the outer minimisation, Eq. 4; two separate forward passes, natural first
-        if args.defense != "madry":
-            logits_nat = forward(x)
+        x_adv = None
         if args.defense != "standard":
-            logits_adv = forward(x_adv)
-        loss = outer(logits_adv, logits_nat, y, args.beta)
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        optimizer.step()
+            x_adv = inner_maximisation(model, plain, forward, x, y, rng, args)
+            if i % SHARES_EVERY == 0:
+                with models.frozen(model):
+                    sums[3:] += shares(plain, x, x_adv, y, args.spat_alpha or 0.0)
+        loss, logits_nat, logits_adv = outer_minimisation(model, forward, optimizer, x, x_adv, y, args)
 
-        sums[0] += loss.detach()
+        sums[0] += loss
         for k, logits in enumerate((logits_nat, logits_adv), start=1):
             if logits is not None:
                 sums[k] += (logits.argmax(1) == y).float().mean()
         bar.update(args.batch_size)
         last_of_epoch = i == steps_per_epoch - 1
-        if last_of_epoch or step % read_every == 0:
+        save_now = last_of_epoch or time.perf_counter() - saved > 60 * args.save_minutes
+        if save_now or step % read_every == 0:
             mean_loss, _, robust = (sums[:3] / (i + 1)).tolist()
             if not math.isfinite(mean_loss):
-                raise FloatingPointError(f"loss {mean_loss} at step {step + 1} (epoch {epoch + 1}, lr {group['lr']:g}): "
-                                         f"stopped; the last good checkpoint is {out_dir / 'last.pt'}")
+                raise FloatingPointError(
+                    f"stopped: the loss is {mean_loss} at step {step + 1} (epoch {epoch + 1}, lr {group['lr']:g}); "
+                    f"the last good checkpoint, if any, is {out_dir / 'last.pt'}")
             bar.set_description(f"epoch {epoch + 1}/{args.epochs}", refresh=False)
-            bar.set_postfix_str(f"loss {mean_loss:.3f}" + f", robust {robust:.1%}" * (logits_adv is not None), refresh=False)
+            robust = "" if x_adv is None else f", robust {robust:.1%}"
+            bar.set_postfix_str(f"loss {mean_loss:.3f}{robust}", refresh=False)
 
         if last_of_epoch:
             seconds = time.perf_counter() - epoch_start
@@ -346,13 +319,11 @@ def train(args, state, train_set, val_set, device):
             score = row["val_natural_accuracy" if args.defense == "standard" else "val_robust_accuracy"]
             if score is not None and score > best:
                 best = score
-                checkpoints.save({k: v for k, v in checkpoint(step + 1).items() if k != "optimizer"}, out_dir / "best.pt")
-            checkpoints.save_run(checkpoint(step + 1), out_dir)
-            write_log(out_dir, rows)
+                checkpoints.save(checkpoint(step + 1) | {"optimizer": None}, out_dir / "best.pt")
+            checkpoints.write_log(out_dir, rows)
             bar.write(summary(row))
-            saved = epoch_start = time.perf_counter()
-            epoch_first_step = step + 1
-        elif time.perf_counter() - saved > 60 * args.save_minutes:
+            epoch_start, epoch_first_step = time.perf_counter(), step + 1
+        if save_now:
             checkpoints.save_run(checkpoint(step + 1), out_dir)
             saved = time.perf_counter()
     bar.close()
@@ -362,7 +333,7 @@ def main(argv=None):
     parser, typed = parse_args(argv)
     try:
         args, state = new_or_resumed(typed)
-        device = models.pick_device(args.device)
+        device = cli.pick_device(args.device)
         dataset = data.load(args.dataset, args.data_dir, train=True)
         train_set, val_set = data.split(dataset, args.val_size, args.limit_train)
         out_dir = pathlib.Path(args.out_dir)

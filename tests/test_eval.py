@@ -124,8 +124,9 @@ def test_bad_flags(model_path, tmp_path, capsys, monkeypatch):
         ["--model-path", model_path, "--num-images", "401"], ["--model-path", model_path, "--num-images", "0"],
         ["--model-path", model_path, "--epsilon", "8"], ["--model-path", model_path, "--attacks", "deepfool"],
         ["--model-path", model_path, "--attacks", "pgd-kl", "--random-start", "none"],
-        ["--model-path", model_path, "--json", "no/such/folder.json"], ["--model-path", model_path, "--arch", "wrn-16-2"],
-        ["--model-path", model_path, "--dataset", "nowhere"], ["--model-path", model_path, "--seed=-1"],
+        ["--model-path", model_path, "--json", "no/such/folder.json"],
+        ["--model-path", model_path, "--arch", "wrn-16-2"], ["--model-path", model_path, "--seed=-1"],
+        ["--model-path", model_path, "--dataset", "nowhere"],
     ):
         fails_in_one_line(eval_attacks.main, argv, capsys)
     assert not list(tmp_path.iterdir())

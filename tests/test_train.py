@@ -99,7 +99,8 @@ BAD = {
     "too many held out": ["--defense", "mart", "--dataset", "digits", "--val-size", "1397"],
     "limit above the set": ["--defense", "mart", "--dataset", "digits", "--limit-train", "5000"],
     "no cifar": ["--defense", "mart", "--data-dir", "cut"],
-    "out-dir is a file": ["--defense", "mart", "--dataset", "digits", "--out-dir", "cut/cifar-10-batches-py/test_batch"],
+    "out-dir in a file": ["--defense", "mart", "--dataset", "digits",
+                          "--out-dir", "cut/cifar-10-batches-py/test_batch/a"]
 }
 
 
