@@ -177,6 +177,11 @@ def validate(model, forward, val, args):
     return row
 
 
+def build_optimizer(model, args):
+    return torch.optim.SGD(model.parameters(), lr=args.lr, momentum=args.momentum, nesterov=args.nesterov,
+                           weight_decay=args.weight_decay, fused=True)
+
+
 def inner_maximisation(model, plain, forward, x, y, rng, args):
     """x_adv, Eq. 10: PGD on the frozen model. plain: the eager forward pass, for what is computed once a batch."""
     objective, target = INNER[args.defense], y
@@ -251,8 +256,7 @@ def train(args, state, train_set, val_set, device):
     out_dir = pathlib.Path(args.out_dir)
     torch.manual_seed(args.seed)  # for the initial weights; every later draw is a function of (seed, step)
     model = models.build_model(args.arch, len(train_set.classes)).to(device)
-    optimizer = torch.optim.SGD(model.parameters(), lr=args.lr, momentum=args.momentum, nesterov=args.nesterov,
-                                weight_decay=args.weight_decay)
+    optimizer = build_optimizer(model, args)
     steps_per_epoch = math.ceil(len(train_set.labels) / args.batch_size)
     total_steps = args.epochs * steps_per_epoch
     plain, forward = pick_forward(args, model, train_set.images, total_steps * (args.num_steps + 4))

@@ -1,0 +1,319 @@
+"""Speed of this repository's training step and evaluation against the textbook way of writing them.
+
+    python bench.py --arch resnet-18 --defense mart
+
+The textbook: float32, NCHW, eager, one image batch after the other, as the published MART and TRADES code does it. Both
+sides do the same arithmetic on the same shapes; repeats are interleaved, so that a machine that drifts is fair to both.
+"""
+
+import json
+import multiprocessing
+import resource
+import statistics
+import sys
+import time
+from argparse import Namespace
+
+import torch
+import torch.nn.functional as F
+from torch.utils.flop_counter import FlopCounterMode
+from tqdm import tqdm
+
+import attacks
+import checkpoints
+import cli
+import data
+import losses
+import models
+import train_cifar
+from eval_attacks import device_name
+
+
+def parse_args(argv=None):
+    parser = cli.Parser(prog="bench.py", description=__doc__)
+    add = parser.add_argument
+    add("--arch", default="resnet-18", help="(default: resnet-18)")
+    add("--defense", choices=("madry", "trades", "mart"), default="mart", help="(default: mart)")
+    add("--batch-size", type=cli.positive_int, default=128, help="of the training step (default: 128)")
+    add("--eval-batch-size", type=cli.positive_int, default=256, help="of the PGD-20 evaluation (default: 256)")
+    add("--num-steps", type=cli.positive_int, default=10, help="of the training attack (default: 10)")
+    add("--eval-steps", type=cli.positive_int, default=20, help="of the evaluation's attack (default: 20)")
+    add("--repeats", type=cli.positive_int, default=5, help="timed repeats, after one that is not counted (default: 5)")
+    add("--scaling", action="store_true", help="images/s against batch size, width and steps instead of the comparison")
+    add("--json", metavar="FILE", help="write the result there (default: no file)")
+    cli.add_runtime_flags(parser, default="auto")
+    args = parser.parse_args(argv)
+    try:
+        models.parse_arch(args.arch)
+        args.torch_device = cli.pick_device(args.device)
+    except ValueError as error:
+        parser.error(error)
+    return args
+
+
+# The textbook. ------------------------------------------------------------------------------------------------------
+
+
+def textbook_attack(model, x, y, defense, num_steps):
+    """PGD as the training code of TRADES and MART writes it; TRADES' recomputes p(x) at every step."""
+    model.eval()
+    x_adv = x + 0.001 * torch.randn_like(x)
+    for _ in range(num_steps):
+        x_adv = x_adv.detach().requires_grad_()
+        if defense == "trades":
+            objective = F.kl_div(F.log_softmax(model(x_adv), 1), F.softmax(model(x), 1), reduction="sum")
+        else:
+            objective = F.cross_entropy(model(x_adv), y)
+        gradient = torch.autograd.grad(objective, [x_adv])[0]
+        x_adv = x_adv.detach() + 2 / 255 * gradient.sign()
+        x_adv = torch.min(torch.max(x_adv, x - 8 / 255), x + 8 / 255).clamp(0, 1)
+    model.train()
+    return x_adv.detach()
+
+
+def textbook_update(model, optimizer, x, x_adv, y, defense):
+    optimizer.zero_grad()
+    if defense == "madry":
+        loss = F.cross_entropy(model(x_adv), y)
+    elif defense == "trades":  # three forward passes: the natural one is run again for the KL term
+        p, p_adv = F.softmax(model(x), 1), F.log_softmax(model(x_adv), 1)
+        loss = F.cross_entropy(model(x), y) + 6 * F.kl_div(p_adv, p, reduction="batchmean")
+    else:
+        loss = losses.mart_loss(model(x_adv), model(x), y, 5.0)
+    loss.backward()
+    optimizer.step()
+
+
+def textbook_evaluation(model, optimizer, x, y, num_steps):
+    """PGD as the evaluation code of TRADES and MART writes it: backward() computes every weight's gradient too."""
+    x_adv = x + torch.empty_like(x).uniform_(-8 / 255, 8 / 255)
+    for _ in range(num_steps):
+        x_adv = x_adv.detach().requires_grad_()
+        optimizer.zero_grad()
+        F.cross_entropy(model(x_adv), y).backward()
+        x_adv = x_adv.detach() + 0.8 / 255 * x_adv.grad.sign()
+        x_adv = torch.min(torch.max(x_adv, x - 8 / 255), x + 8 / 255).clamp(0, 1)
+    with torch.no_grad():
+        return (model(x_adv).argmax(1) == y).sum().item()
+
+
+# The two sides, as functions without arguments. ---------------------------------------------------------------------
+
+
+def batch(args, size, layout):
+    g = torch.Generator().manual_seed(0)
+    x, y = torch.rand(size, 3, 32, 32, generator=g), torch.randint(10, (size,), generator=g)
+    return x.to(args.torch_device, memory_format=layout), y.to(args.torch_device)
+
+
+def textbook(args):
+    """{name: function} of the textbook's training step, its attack alone, and its PGD evaluation."""
+    model = models.build_model(args.arch).to(args.torch_device, memory_format=torch.contiguous_format)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=7e-4)
+    x, y = batch(args, args.batch_size, torch.contiguous_format)
+    x_eval, y_eval = batch(args, args.eval_batch_size, torch.contiguous_format)
+
+    def attack():
+        return textbook_attack(model, x, y, args.defense, args.num_steps)
+
+    def step():
+        textbook_update(model, optimizer, x, attack(), y, args.defense)
+
+    def evaluation():
+        model.eval()
+        textbook_evaluation(model, optimizer, x_eval, y_eval, args.eval_steps)
+
+    return {"training step": step, "attack alone": attack, "evaluation": evaluation}
+
+
+def ours(args, precision, compiled):
+    """The same of this repository, by the functions that train_cifar.py and eval_attacks.py call."""
+    model = models.build_model(args.arch).to(args.torch_device)
+    train_args = settings(args)
+    optimizer = train_cifar.build_optimizer(model, train_args)
+    x, y = batch(args, args.batch_size, torch.channels_last)
+    x_eval, y_eval = batch(args, args.eval_batch_size, torch.channels_last)
+    pixels = x_eval.mul(255).byte()
+    plain = cli.forward_pass(model, precision)
+    forward, _, _ = cli.pick_compiled(compiled, model, precision, x, passes=0)
+
+    def attack():
+        rng = data.step_generator(args.torch_device, 1, 0)
+        return train_cifar.inner_maximisation(model, plain, forward, x, y, rng, train_args)
+
+    def step():
+        train_cifar.outer_minimisation(model, forward, optimizer, x, attack(), y, train_args)
+
+    def pgd(x, y, indices):
+        return attacks.pgd(forward, x, y, losses.cross_entropy, epsilon=8 / 255, step_size=0.8 / 255,
+                           num_steps=args.eval_steps)
+
+    def evaluation():
+        with models.frozen(model):
+            attacks.attacked_logits(model, pixels, y_eval, pgd, args.eval_batch_size)
+
+    return {"training step": step, "attack alone": attack, "evaluation": evaluation}
+
+
+def settings(args):
+    """train_cifar.py's own arguments for this defense, architecture and number of steps."""
+    typed = {"defense": args.defense, "arch": args.arch, "num_steps": args.num_steps, "batch_size": args.batch_size}
+    return train_cifar.with_defaults(typed)
+
+
+# Measuring. -----------------------------------------------------------------------------------------------------------
+
+
+def flops(args):
+    """The operations that the work needs, by torch's counter: {name: FLOP}. Nothing that the textbook does beyond it
+    (weight gradients in an attack, a third forward pass) is counted."""
+    model = models.build_model(args.arch)
+    x, y = torch.rand(2, 3, 32, 32), torch.tensor([0, 1])
+
+    def count(frozen):
+        inputs = x.clone().requires_grad_(frozen)
+        for parameter in model.parameters():
+            parameter.requires_grad_(not frozen)
+        with FlopCounterMode(display=False) as counter:  # it cannot follow autograd.grad, hence backward
+            F.cross_entropy(model(inputs), y).backward()
+        return counter.get_total_flops() / len(x)
+
+    attack_pass, update_pass = count(frozen=True), count(frozen=False)
+    attack = args.batch_size * args.num_steps * attack_pass
+    update = args.batch_size * update_pass * (1 if args.defense == "madry" else 2)
+    return {"training step": attack + update, "attack alone": attack,
+            "evaluation": args.eval_batch_size * (args.eval_steps + 1 / 2) * attack_pass}
+
+
+def matrix_product_rate(device, dtype, size=2048):
+    """FLOP/s of a square matrix product, the best of several: what the hardware can do."""
+    size = 8192 if device.type == "cuda" else size
+    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+    return 2 * size**3 / cli.seconds(lambda: a @ b, device, repeats=10)
+
+
+def timed(function, device):
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    start = time.perf_counter()
+    function()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - start
+
+
+def sides_of(args):
+    """{name: (constructor of the functions, dtype of its arithmetic)}"""
+    precision, _ = cli.pick_precision(args.precision, args.torch_device)
+    compiled = "on" if args.compile == "auto" else args.compile
+    sides = {"textbook": (lambda: textbook(args), torch.float32)}
+    for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
+        if name == "fp32" or precision == "bf16":
+            sides[f"ours, {name}"] = (lambda name=name: ours(args, name, compiled), dtype)
+    return sides
+
+
+def peak_memory(args, name):
+    """Bytes at the peak of two training steps of one side: of the GPU, or of a process of its own on a CPU."""
+    if args.torch_device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        step = sides_of(args)[name][0]()["training step"]
+        step(), step()
+        return torch.cuda.max_memory_allocated()
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        return pool.apply(_peak_of_this_process, (args, name))
+
+
+def _peak_of_this_process(args, name):
+    step = sides_of(args)[name][0]()["training step"]
+    step(), step()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def compare(args):
+    """Time all sides in turn -> the result as a dict."""
+    sides, needed = sides_of(args), flops(args)
+    work = {side: build() for side, (build, _) in sides.items()}
+    rates = {str(dtype): matrix_product_rate(args.torch_device, dtype) for _, dtype in sides.values()}
+    times = {(side, name): [] for side in sides for name in needed}
+    first = dict.fromkeys(sides, 0.0)
+    with tqdm(total=len(times) * (args.repeats + 1), unit="run", dynamic_ncols=True) as bar:
+        for repeat in range(args.repeats + 1):
+            for side, name in times:
+                bar.set_description(f"{side}: {name}")
+                seconds = timed(work[side][name], args.torch_device)
+                if repeat:
+                    times[side, name].append(seconds)
+                else:
+                    first[side] += seconds
+                bar.update()
+    rows = []
+    for (side, name), seconds in times.items():
+        median = statistics.median(seconds)
+        ratios = [a / b for a, b in zip(times["textbook", name], seconds, strict=True)]
+        images = args.eval_batch_size if name == "evaluation" else args.batch_size
+        rows.append({
+            "work": name, "side": side, "seconds": seconds, "images_per_s": images / median,
+            "ratio": statistics.median(ratios), "ratio_range": [min(ratios), max(ratios)],
+            "gflop_per_s": needed[name] / median / 1e9,
+            "share_of_matrix_product": needed[name] / median / rates[str(sides[side][1])]})
+    extra = {side: first[side] - sum(statistics.median(times[side, name]) for name in needed) for side in sides}
+    memory = {side: peak_memory(args, side) for side in sides}
+    return {"rows": rows, "matrix_product_gflop_per_s": {k: v / 1e9 for k, v in rates.items()},
+            "compile_and_warm_up_seconds": extra, "peak_memory_bytes": memory}
+
+
+def scaling(args):
+    """Images/s of the training step against batch size, width and attack steps, one varied at a time."""
+    precision, _ = cli.pick_precision(args.precision, args.torch_device)
+    points = [("batch size", n, {"batch_size": n}) for n in (32, 64, 128, 256, 512)]
+    points += [("width", w, {"arch": f"wrn-16-{w}"}) for w in (1, 2, 4)]
+    points += [("attack steps", k, {"num_steps": k}) for k in (1, 2, 5, 10, 20)]
+    rows = []
+    for what, value, change in tqdm(points, unit="point", dynamic_ncols=True):
+        point = Namespace(**vars(args) | {"eval_batch_size": 1} | change)
+        step = ours(point, precision, "off")["training step"]
+        seconds = cli.seconds(step, args.torch_device, repeats=args.repeats)
+        rows.append({"varied": what, "value": value, "seconds": seconds, "images_per_s": point.batch_size / seconds,
+                     "gflop_per_s": flops(point)["training step"] / seconds / 1e9})
+    return {"rows": rows, "precision": precision}
+
+
+def table(result):
+    lines = []
+    if result["scaling"]:
+        lines.append(f"{'varied':<14}{'value':>6}{'seconds':>10}{'images/s':>10}{'GFLOP/s':>10}")
+        for row in result["rows"]:
+            lines.append(f"{row['varied']:<14}{row['value']:>6}{row['seconds']:>10.3f}{row['images_per_s']:>10.1f}"
+                         f"{row['gflop_per_s']:>10.0f}")
+        return "\n".join(lines)
+    lines.append(f"{'work':<15}{'side':<12}{'images/s':>10}{'ratio':>8}{'range':>14}{'GFLOP/s':>10}{'of product':>12}")
+    for row in sorted(result["rows"], key=lambda row: row["work"], reverse=True):
+        low, high = row["ratio_range"]
+        lines.append(f"{row['work']:<15}{row['side']:<12}{row['images_per_s']:>10.1f}{row['ratio']:>8.2f}"
+                     f"{f'{low:.2f}-{high:.2f}':>14}{row['gflop_per_s']:>10.0f}{row['share_of_matrix_product']:>12.0%}")
+    for side, seconds in result["compile_and_warm_up_seconds"].items():
+        memory = result["peak_memory_bytes"][side]
+        lines.append(f"{side}: compile and warm-up {seconds:.0f} s, peak memory of a step {memory / 2**20:.0f} MiB")
+    rates = ", ".join(f"{dtype} {rate:.0f}" for dtype, rate in result["matrix_product_gflop_per_s"].items())
+    return "\n".join([*lines, f"matrix product in the same run, GFLOP/s: {rates}"])
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    args.device_used = args.torch_device
+    result = {"device": device_name(args), "torch": torch.__version__, "scaling": args.scaling,
+              "command": " ".join(["python", "bench.py", *(sys.argv[1:] if argv is None else argv)]),
+              "settings": {k: v for k, v in vars(args).items() if isinstance(v, str | int)}}
+    result |= scaling(args) if args.scaling else compare(args)
+    print(f"{result['device']}, torch {torch.__version__}: {args.arch}, {args.defense}, batch {args.batch_size}, "
+          f"PGD-{args.num_steps}; evaluation PGD-{args.eval_steps}, batch {args.eval_batch_size}")
+    print(table(result))
+    if args.json:
+        checkpoints.write_atomically(args.json, json.dumps(result, indent=1).encode())
+    return result
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,73 @@
+"""bench.py: both sides compute the same thing, the operations are counted right, and the table holds every row."""
+
+import json
+
+import pytest
+import torch
+from conftest import fails_in_one_line
+
+import bench
+import models
+
+SMALL = ["--arch", "wrn-10-1", "--batch-size", "8", "--eval-batch-size", "8", "--num-steps", "2", "--eval-steps", "2",
+         "--repeats", "1", "--compile", "off"]
+
+
+@pytest.mark.parametrize("defense", ["madry", "trades", "mart"])
+def test_both_sides_move_the_weights_alike(defense, monkeypatch, request):
+    """One training step of the textbook and one of ours, from the same weights and the same random start; in float64,
+    and not to the bit even so, because the sign of a gradient near zero depends on the order of a sum."""
+    previous = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    request.addfinalizer(lambda: torch.set_default_dtype(previous))
+    args = bench.parse_args([*SMALL, "--defense", defense, "--precision", "fp32"])
+    noise = 0.001 * torch.randn(8, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    monkeypatch.setattr(torch, "randn_like", lambda x: noise / 0.001)
+    monkeypatch.setattr(bench.attacks, "start_perturbation", lambda *_: noise)
+    built = []
+    real = models.build_model
+
+    def remember(*arguments):
+        torch.manual_seed(0)
+        built.append(real(*arguments))
+        return built[-1]
+
+    monkeypatch.setattr(models, "build_model", remember)
+    for side in (bench.textbook(args), bench.ours(args, "fp32", "off")):
+        side["training step"]()
+    textbook, ours = ([p.detach().flatten() for p in model.parameters()] for model in built)
+    torch.manual_seed(0)
+    start = torch.cat([p.detach().flatten() for p in real("wrn-10-1").parameters()])
+    textbook, ours = torch.cat(textbook) - start, torch.cat(ours) - start
+    assert textbook.abs().max() > 0.01
+    assert (textbook - ours).norm() < 0.02 * textbook.norm()
+
+
+def test_flops_of_a_wide_resnet_by_hand():
+    args = bench.parse_args([*SMALL, "--defense", "madry"])
+    convs = [(3, 16, 32, 9)] + [(i, o, s, k) for i, o, s in ((16, 16, 32), (16, 32, 16), (32, 64, 8))
+                                for k in ((9,) if i == o else (9, 1))]
+    convs += [(o, o, s, 9) for o, s in ((16, 32), (32, 16), (64, 8))]
+    forward = sum(2 * i * o * s * s * k for i, o, s, k in convs) + 2 * 64 * 10
+    counted = bench.flops(args)
+    attack = 8 * 2 * 2 * forward  # batch, steps, forward and backward
+    assert counted["attack alone"] == pytest.approx(attack, rel=0.01)
+    assert counted["training step"] == pytest.approx(attack + 8 * 3 * forward, rel=0.03)
+
+
+def test_the_table_and_the_json(tmp_path, capsys):
+    result = bench.main([*SMALL, "--precision", "fp32", "--json", str(tmp_path / "b.json")])
+    printed = capsys.readouterr().out
+    assert json.loads((tmp_path / "b.json").read_text()) == json.loads(json.dumps(result))
+    assert {(row["work"], row["side"]) for row in result["rows"]} == {
+        (work, side) for work in ("training step", "attack alone", "evaluation") for side in ("textbook", "ours, fp32")}
+    for row in result["rows"]:
+        assert row["side"] != "textbook" or row["ratio"] == 1
+        assert row["images_per_s"] > 0 and 0 < row["share_of_matrix_product"] < 1
+    assert printed.count("ours, fp32") == 4 and "matrix product" in printed
+    assert all(memory > 2**20 for memory in result["peak_memory_bytes"].values())
+
+
+@pytest.mark.parametrize("argv", [["--arch", "vgg"], ["--repeats", "0"], ["--defense", "standard"]])
+def test_bad_input(argv, capsys):
+    fails_in_one_line(bench.main, argv, capsys)
