@@ -3,7 +3,9 @@
 import pytest
 import torch
 
+import attacks
 import cli
+import losses
 import models
 
 
@@ -45,3 +47,32 @@ def test_a_compiler_that_fails_leaves_the_eager_model(monkeypatch):
 @pytest.mark.parametrize("text", ["8/255", "0.031", "1", "1/3"])
 def test_ratios_stay_as_given(text):
     assert cli.ratio(text) == text
+
+
+@pytest.mark.parametrize("compiled", ["off", "on"])
+def test_the_fast_path_computes_what_the_plain_path_computes(compiled):
+    """x_adv of channels_last (and compiled) against x_adv of the plain NCHW model, float32, on the frozen model; then
+    the weight gradients in train mode, which a graph traced on the frozen model must not have lost."""
+    torch.manual_seed(0)
+    plain, fast = models.build_model("wrn-10-1"), models.build_model("wrn-10-1")
+    fast.load_state_dict(plain.state_dict())
+    plain.to(memory_format=torch.contiguous_format)
+    x, y = torch.rand(16, 3, 32, 32), torch.randint(10, (16,))
+    start = attacks.start_perturbation("uniform", x, 8 / 255)
+    forward, chosen, why = cli.pick_compiled(compiled, fast, "fp32", x, passes=1)
+    assert chosen == compiled, why
+    settings = dict(epsilon=8 / 255, step_size=2 / 255, num_steps=10, random_start=start)
+    with models.frozen(plain), models.frozen(fast):
+        expected = attacks.pgd(plain, x, y, losses.cross_entropy, **settings)
+        x_adv = attacks.pgd(forward, x.to(memory_format=torch.channels_last), y, losses.cross_entropy, **settings)
+    same = (x_adv - expected).abs() < 1e-5
+    assert same.float().mean() >= 0.999
+    assert all(p.grad is None for p in fast.parameters())
+    assert (x_adv - x).abs().max() > 7.9 / 255
+
+    for forward_pass in (plain, forward):
+        torch.nn.functional.cross_entropy(forward_pass(x), y).backward()
+    for (name, p), q in zip(plain.named_parameters(), fast.parameters(), strict=True):
+        assert (q.grad - p.grad).norm() < 1e-3 * p.grad.norm(), name
+    for (name, p), q in zip(plain.named_buffers(), fast.buffers(), strict=True):
+        torch.testing.assert_close(q, p, rtol=1e-4, atol=1e-6, msg=name)
