@@ -124,7 +124,9 @@ def pick_compiled(name, model, precision, x, passes):
             minutes = seconds(attack_pass(eager), x.device, repeats=1) * passes / 60
             if minutes < COMPILE_PAYS_MINUTES:
                 return eager, "off", f"eager needs about {minutes:.0f} minutes, too few for compiling to pay"
-        compiled = torch.compile(eager, dynamic=False)
+        # reduce-overhead captures CUDA graphs; whoever keeps a result of `compiled` beyond its next call must copy it
+        mode = "reduce-overhead" if x.device.type == "cuda" else "default"
+        compiled = torch.compile(eager, dynamic=False, mode=mode)
         start = time.perf_counter()
         try:
             attack_pass(compiled)()

@@ -215,7 +215,7 @@ def shares(model, x, x_adv, y, alpha):
     """Of a batch: how many have p_y(x) > 1 - α, where ascending LSCE raises the true logit; how many the attack made
     easier, p_y(x_adv) > p_y(x); and the batch's size."""
     before, after = (model(batch).float().softmax(1).gather(1, y[:, None])[:, 0] for batch in (x, x_adv))
-    return torch.stack([(before > 1 - alpha).sum(), (after > before).sum(), torch.tensor(len(y), device=y.device)])
+    return torch.stack([before > 1 - alpha, after > before, torch.ones_like(before, dtype=torch.bool)]).sum(1)
 
 
 def epoch_row(args, epoch, lr, sums, steps):
