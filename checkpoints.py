@@ -3,13 +3,17 @@
 Nothing from a file is executed: torch.load runs with weights_only=True everywhere.
 """
 
+import contextlib
 import csv
+import fcntl
 import hashlib
 import io
 import os
 import pathlib
 import re
+import signal
 import warnings
+import zipfile
 
 import torch
 
@@ -61,10 +65,41 @@ def load_run(out_dir):
         state = load(folder / "last.pt")
     except ValueError as error:
         state = load(folder / "last.prev.pt")
-        print(f"{error}; going on from last.prev.pt")
+        print(f"{error}; going on from the checkpoint before it, last.prev.pt")
     if not isinstance(state, dict) or state.get("format") != FORMAT:
         raise ValueError(f"--resume: {out_dir}/last.pt is not a checkpoint of train_cifar.py")
     return state
+
+
+@contextlib.contextmanager
+def run_lock(out_dir):
+    """One process at a time in a run's directory; ValueError if a living one is there. The kernel frees the lock of a
+    process that dies, however it dies."""
+    with open(pathlib.Path(out_dir, ".lock"), "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"--out-dir {out_dir}: another process is training there") from None
+        yield
+
+
+@contextlib.contextmanager
+def deferred_signals():
+    """Inside, a first SIGINT or SIGTERM only appends its number to the list that this yields, so that the step at hand
+    can be finished and saved; a second one ends the process at once."""
+    received = []
+
+    def note(number, frame):
+        if received:
+            raise KeyboardInterrupt
+        received.append(number)
+
+    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield received
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def write_log(out_dir, rows):
@@ -115,6 +150,8 @@ def load(path, device="cpu"):
     if head.lstrip().startswith(b"<"):
         raise ValueError(f"{path}: an HTML page, not a model: the download went wrong")
     try:
+        if zipfile.is_zipfile(path) and zipfile.ZipFile(path).testzip():
+            raise ValueError("checksum")  # torch.load does not look at the checksums
         with warnings.catch_warnings(action="ignore"):  # on another pickle protocol than torch's
             return torch.load(path, map_location=device, weights_only=True)
     except Exception as error:  # torch.load raises nearly anything on a damaged file
@@ -134,6 +171,8 @@ def _count(state, pattern):
 def infer_arch(state):
     """(architecture name, number of classes) of a state dict with TRADES' or MART's parameter names; raises
     ValueError if its names and shapes are none that models.py builds."""
+    if any(value.ndim == 0 for key, value in state.items() if key.endswith("weight")):
+        raise ValueError("some of its weights have no dimensions")
     if "fc.weight" in state and "block1.layer.0.conv1.weight" in state:
         width = state["block1.layer.0.conv1.weight"].shape[0] // 16
         depth = 6 * _count(state, r"block1\.layer\.(\d+)\.") + 4
@@ -153,6 +192,30 @@ def infer_arch(state):
     raise ValueError(f"its parameter names are of no known architecture; known: {models.ARCHS}")
 
 
+def _fits(state, arch, num_classes):
+    """ValueError unless the state dict has the architecture's parameters, by name and shape; before memory is spent."""
+    with torch.device("meta"):
+        expected = models.build_model(arch, num_classes).state_dict()
+    tracked = {key for key in expected if key.endswith("num_batches_tracked")}  # older torch did not save it
+    wrong = [key for key, value in expected.items() if key in state and state[key].shape != value.shape]
+    missing, unknown = expected.keys() - state.keys() - tracked, state.keys() - expected.keys()
+    for what, keys in (("lacks", missing), ("has besides", unknown), ("has in another shape", wrong)):
+        if keys:
+            more = f" and {len(keys) - 3} more" if len(keys) > 3 else ""
+            raise ValueError(f"it looks like a {arch} but {what} {', '.join(sorted(keys)[:3])}{more}")
+
+
+def _header(content):
+    """The part of an own checkpoint that says what the model is, after a check of its types; raises ValueError."""
+    header = {key: content.get(key) for key in ("args", "epoch", "classes")}
+    types = {"dataset": str, "defense": str, "arch": str, "epsilon": str, "seed": int, "spat_alpha": float | None}
+    if not (isinstance(header["args"], dict) and isinstance(header["epoch"], int)
+            and isinstance(header["classes"], list)
+            and all(isinstance(header["args"].get(key), of) for key, of in types.items())):
+        raise ValueError("its header is not one that train_cifar.py writes")
+    return header
+
+
 def load_model(path, device="cpu", arch=None, num_classes=None):
     """(the model in float32 and eval mode, info): info holds path, sha256, arch, num_classes and, for a file of this
     project, args, epoch and classes. arch and num_classes are read from the file; given, they must agree with it.
@@ -161,9 +224,9 @@ def load_model(path, device="cpu", arch=None, num_classes=None):
     prefixes). Raises ValueError with one line that says what is wrong with the file.
     """
     content = load(path, device)
-    own = isinstance(content, dict) and content.get("format") == FORMAT
     state = content.get("state_dict", content) if isinstance(content, dict) else None
-    if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
+    if not isinstance(state, dict) or not all(
+            isinstance(key, str) and isinstance(value, torch.Tensor) for key, value in state.items()):
         raise ValueError(f"{path}: holds no state dict")
     state = {_PREFIX.sub("", key): value for key, value in state.items()}
     state = {key: value for key, value in state.items() if not key.startswith("sub_block1.")}  # TRADES never uses it
@@ -173,11 +236,12 @@ def load_model(path, device="cpu", arch=None, num_classes=None):
             raise ValueError(f"it is a {found_arch}, not a {arch}")
         if num_classes not in (None, found_classes):
             raise ValueError(f"it has {found_classes} classes, not {num_classes}")
-        model = models.build_model(found_arch, found_classes)
-        model.load_state_dict(state, strict=True)
-    except (ValueError, RuntimeError) as error:
-        raise ValueError(f"{path}: {' '.join(str(error).split())}") from None
-    info = {"path": str(path), "sha256": sha256(path), "arch": found_arch, "num_classes": found_classes}
-    if own:
-        info |= {key: content[key] for key in ("args", "epoch", "classes")}
+        _fits(state, found_arch, found_classes)
+        info = {"path": str(path), "sha256": sha256(path), "arch": found_arch, "num_classes": found_classes}
+        if content.get("format") == FORMAT:
+            info |= _header(content)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+    model = models.build_model(found_arch, found_classes)
+    model.load_state_dict(state)
     return model.to(device).eval(), info

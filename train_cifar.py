@@ -10,6 +10,7 @@ import functools
 import json
 import math
 import pathlib
+import shlex
 import sys
 import time
 from argparse import Namespace
@@ -239,6 +240,12 @@ def summary(row):
     return "  ".join(parts + [f"{row['images_per_s']:.0f} img/s"])
 
 
+def at_chance(rows, epochs, num_classes):
+    """Whether PGD-20 on held-out images stayed at guessing for three epochs, after the first third of the run."""
+    late = [row["val_robust_accuracy"] for row in rows[-3:] if row["epoch"] > epochs / 3]
+    return len(late) == 3 and None not in late and max(late) <= 1.05 / num_classes
+
+
 def pick_forward(args, model, images, passes):
     """(eager, fast) callables x -> logits of the model, by --precision and --compile; what auto comes to is printed
     and put into args. passes: how many forward-backward passes over a batch the run will make."""
@@ -251,8 +258,9 @@ def pick_forward(args, model, images, passes):
     return plain, forward
 
 
-def train(args, state, train_set, val_set, device):
-    """The run from its first step, or from the checkpoint `state`, to its end. Writes into args.out_dir."""
+def train(args, state, train_set, val_set, device, stop=()):
+    """The run from its first step, or from the checkpoint `state`, to its end or to the step in which `stop` fills.
+    Writes into args.out_dir; returns whether the run is complete."""
     out_dir = pathlib.Path(args.out_dir)
     torch.manual_seed(args.seed)  # for the initial weights; every later draw is a function of (seed, step)
     model = models.build_model(args.arch, len(train_set.classes)).to(device)
@@ -267,11 +275,13 @@ def train(args, state, train_set, val_set, device):
         model.load_state_dict(state["state_dict"])
         optimizer.load_state_dict(state["optimizer"])
         first_step, rows, best, sums = state["step"], state["rows"], state["best"], state["sums"].to(device)
+        if state["device"] != device.type:
+            print(f"resumed on {device.type}, begun on {state['device']}: no longer equal to the bit")
 
     def checkpoint(step):
         return {"format": checkpoints.FORMAT, "args": vars(args), "classes": train_set.classes,
                 "epoch": step // steps_per_epoch, "state_dict": model.state_dict(), "optimizer": optimizer.state_dict(),
-                "step": step, "rows": rows, "best": best, "sums": sums}
+                "step": step, "rows": rows, "best": best, "sums": sums, "device": device.type}
 
     read_every = 50 if device.type == "cuda" else 1  # reading a number off a GPU waits for it
     bar = tqdm(total=total_steps * args.batch_size, initial=first_step * args.batch_size, unit="img", unit_scale=True,
@@ -302,13 +312,12 @@ def train(args, state, train_set, val_set, device):
                 sums[k] += (logits.argmax(1) == y).float().mean()
         bar.update(args.batch_size)
         last_of_epoch = i == steps_per_epoch - 1
-        save_now = last_of_epoch or time.perf_counter() - saved > 60 * args.save_minutes
+        save_now = last_of_epoch or stop or time.perf_counter() - saved > 60 * args.save_minutes
         if save_now or step % read_every == 0:
             mean_loss, _, robust = (sums[:3] / (i + 1)).tolist()
             if not math.isfinite(mean_loss):
-                raise FloatingPointError(
-                    f"stopped: the loss is {mean_loss} at step {step + 1} (epoch {epoch + 1}, lr {group['lr']:g}); "
-                    f"the last good checkpoint, if any, is {out_dir / 'last.pt'}")
+                raise FloatingPointError(f"the loss is {mean_loss} by step {step + 1} of epoch {epoch + 1}, "
+                                         f"lr {group['lr']:g}")
             bar.set_description(f"epoch {epoch + 1}/{args.epochs}", refresh=False)
             robust = "" if x_adv is None else f", robust {robust:.1%}"
             bar.set_postfix_str(f"loss {mean_loss:.3f}{robust}", refresh=False)
@@ -326,11 +335,16 @@ def train(args, state, train_set, val_set, device):
                 checkpoints.save(checkpoint(step + 1) | {"optimizer": None}, out_dir / "best.pt")
             checkpoints.write_log(out_dir, rows)
             bar.write(summary(row))
+            if args.defense != "standard" and at_chance(rows, args.epochs, len(train_set.classes)):
+                bar.write("warning: the robust accuracy has been at chance for three epochs: is the rate too high?")
             epoch_start, epoch_first_step = time.perf_counter(), step + 1
         if save_now:
             checkpoints.save_run(checkpoint(step + 1), out_dir)
             saved = time.perf_counter()
+        if stop and step + 1 < total_steps:
+            break
     bar.close()
+    return step + 1 == total_steps
 
 
 def main(argv=None):
@@ -346,11 +360,16 @@ def main(argv=None):
         parser.error(error)
     print(f"{args.dataset}: training on {len(train_set.labels)} images, {len(val_set.labels)} held out; {args.out_dir}")
     try:
-        train(args, state, train_set.to(device), val_set.to(device), device)
-    except FloatingPointError as error:
-        sys.exit(f"{parser.prog}: {error}")
-    best = "best.pt" if args.val_size else "last.pt"
-    print(f"python eval_attacks.py --model-path {out_dir / best}")
+        with checkpoints.run_lock(out_dir), checkpoints.deferred_signals() as stop:
+            complete = train(args, state, train_set.to(device), val_set.to(device), device, stop)
+    except ValueError as error:
+        parser.error(error)
+    except (FloatingPointError, OSError) as error:
+        sys.exit(f"{parser.prog}: {error}; the last good checkpoint, if there is one, is {out_dir / 'last.pt'}")
+    if not complete:
+        print(f"stopped and saved; go on with\npython train_cifar.py --resume --out-dir {shlex.quote(args.out_dir)}")
+        sys.exit(128 + stop[0])
+    print(f"python eval_attacks.py --model-path {out_dir / ('best.pt' if args.val_size else 'last.pt')}")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,10 @@
 """Model files: round trips, other people's key names, and every way in which a file can be bad."""
 
 import os
+import pathlib
 import pickle
+import subprocess
+import sys
 import zipfile
 
 import pytest
@@ -14,8 +17,9 @@ import models
 def own_checkpoint(path, arch="wrn-10-1", num_classes=4):
     torch.manual_seed(0)
     model = models.build_model(arch, num_classes).eval()
-    state = {"format": checkpoints.FORMAT, "args": {"dataset": "digits", "arch": arch}, "epoch": 3,
-             "classes": list("abcd"), "state_dict": model.state_dict()}
+    state = {"format": checkpoints.FORMAT, "epoch": 3, "classes": list("abcd"), "state_dict": model.state_dict(),
+             "args": {"dataset": "digits", "arch": arch, "defense": "mart", "spat_alpha": 0.3, "seed": 1,
+                      "epsilon": "0.1"}}
     checkpoints.save(state, path)
     return model
 
@@ -119,4 +123,45 @@ def test_a_run_keeps_the_checkpoint_before_the_last(tmp_path, capsys):
     assert checkpoints.load_run(tmp_path)["step"] == 2
     (tmp_path / "last.pt").write_bytes(b"cut")
     assert checkpoints.load_run(tmp_path)["step"] == 1
-    assert "going on from last.prev.pt" in capsys.readouterr().out
+    assert "going on from the checkpoint before it" in capsys.readouterr().out
+
+
+def test_no_flipped_or_missing_byte_goes_unseen(tmp_path):
+    """A checkpoint cut at any length, or with a bit flipped anywhere, is refused or holds what was saved."""
+    state = {"a": torch.arange(200.0).sin(), "b": {"x": 1.5, "n": "hello"}, "step": 7}
+    checkpoints.save(state, tmp_path / "m.pt")
+    whole = (tmp_path / "m.pt").read_bytes()
+    damaged = [whole[:n] for n in range(0, len(whole), 13)]
+    for i in range(0, len(whole), 3):
+        flipped = bytearray(whole)
+        flipped[i] ^= 1 << (i % 8)
+        damaged.append(bytes(flipped))
+    refused = 0
+    for content in damaged:
+        (tmp_path / "m.pt").write_bytes(content)
+        try:
+            loaded = checkpoints.load(tmp_path / "m.pt")
+            assert torch.equal(loaded.pop("a"), state["a"]) and loaded == {"b": state["b"], "step": 7}
+        except ValueError as error:
+            assert "\n" not in str(error)
+            refused += 1
+    assert refused > 0.5 * len(damaged)  # flips in a zip's padding do no harm
+
+
+def test_a_lock_is_held_by_the_living_only(tmp_path):
+    with checkpoints.run_lock(tmp_path):
+        with pytest.raises(ValueError, match="another process"), checkpoints.run_lock(tmp_path):
+            pass
+    with checkpoints.run_lock(tmp_path):
+        pass
+    holder = ("import sys, time, checkpoints\n"
+              "with checkpoints.run_lock(sys.argv[1]):\n print(1, flush=True)\n time.sleep(60)")
+    process = subprocess.Popen([sys.executable, "-c", holder, tmp_path], stdout=subprocess.PIPE,
+                               cwd=pathlib.Path(checkpoints.__file__).parent)
+    process.stdout.readline()
+    with pytest.raises(ValueError, match="another process"), checkpoints.run_lock(tmp_path):
+        pass
+    process.kill()
+    process.wait()
+    with checkpoints.run_lock(tmp_path):
+        pass

@@ -3,6 +3,7 @@
 import csv
 import json
 import math
+import signal
 
 import pytest
 import torch
@@ -139,7 +140,7 @@ def test_every_defense_trains(defense, tmp_path, capsys):
     args = json.loads((tmp_path / "args.json").read_text())
     assert args["defense"] == defense[0] and args["epsilon"] == data.EPSILON["digits"]
     assert {f.name for f in tmp_path.iterdir()} == {
-        "args.json", "log.csv", "curves.png", "best.pt", "last.pt", "last.prev.pt"}
+        ".lock", "args.json", "log.csv", "curves.png", "best.pt", "last.pt", "last.prev.pt"}
     best, last = checkpoints.load_model(tmp_path / "best.pt")[1], checkpoints.load_model(tmp_path / "last.pt")[1]
     scores = [float(row["val_robust_accuracy" if adversarial else "val_natural_accuracy"]) for row in rows]
     assert last["epoch"] == 2 and best["epoch"] == 1 + scores.index(max(scores))
@@ -217,6 +218,81 @@ def test_a_stopped_run_goes_on_to_the_same_end(tmp_path, monkeypatch, stop_after
     for name in ("last.pt", "best.pt"):
         whole, cut = (checkpoints.load(tmp_path / run / name)["state_dict"] for run in ("whole", "cut"))
         assert all(torch.equal(whole[key], cut[key]) for key in whole)
+
+
+@pytest.mark.parametrize("number, status", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_finishes_the_step_saves_and_says_how_to_go_on(tmp_path, monkeypatch, capsys, number, status):
+    argv = ["--defense", "madry", *TINY]
+    train_cifar.main([*argv, "--out-dir", str(tmp_path / "whole")])
+    real, calls = data.augment, []
+
+    def raise_signal(*args):
+        calls.append(1)
+        if len(calls) == 2:
+            signal.raise_signal(number)
+        return real(*args)
+
+    monkeypatch.setattr(data, "augment", raise_signal)
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as exit_info:
+        train_cifar.main([*argv, "--out-dir", str(tmp_path / "cut")])
+    assert exit_info.value.code == status and len(calls) == 2
+    command = capsys.readouterr().out.strip().splitlines()[-1]
+    assert command == f"python train_cifar.py --resume --out-dir {tmp_path / 'cut'}"
+    assert checkpoints.load(tmp_path / "cut/last.pt")["step"] == 2
+    train_cifar.main(command.split()[2:])
+    whole, cut = (checkpoints.load(tmp_path / run / "last.pt")["state_dict"] for run in ("whole", "cut"))
+    assert all(torch.equal(whole[key], cut[key]) for key in whole)
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
+def test_a_full_disk_keeps_the_last_checkpoint_and_says_so(tmp_path, monkeypatch):
+    argv = ["--defense", "madry", *TINY, "--save-minutes", "0", "--out-dir", str(tmp_path)]
+    real, saves = torch.save, []
+
+    def full(state, file):
+        saves.append(1)
+        if len(saves) == 3:
+            file.write(b"half a checkpoint")
+            raise OSError(28, "No space left on device")
+        real(state, file)
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(SystemExit) as exit_info:
+        train_cifar.main(argv)
+    assert "No space left" in exit_info.value.code and "last.pt" in exit_info.value.code
+    assert checkpoints.load(tmp_path / "last.pt")["step"] == 2
+    monkeypatch.setattr(torch, "save", real)
+    train_cifar.main(["--resume", "--out-dir", str(tmp_path)])
+    assert checkpoints.load(tmp_path / "last.pt")["epoch"] == 2
+
+
+@pytest.mark.parametrize("damage", ["cut", "flipped", "removed"])
+def test_resume_falls_back_on_the_checkpoint_before(tmp_path, damage, capsys):
+    argv = ["--defense", "madry", *TINY, "--out-dir", str(tmp_path)]
+    train_cifar.main(argv)
+    last = tmp_path / "last.pt"
+    whole = last.read_bytes()
+    end = checkpoints.load(last)["state_dict"]
+    middle = len(whole) // 2
+    damaged = {"cut": whole[:middle], "flipped": whole[:middle] + bytes([whole[middle] ^ 1]) + whole[middle + 1 :]}
+    last.write_bytes(damaged.get(damage, b""))
+    if damage == "removed":
+        last.unlink()
+    capsys.readouterr()
+    train_cifar.main(["--resume", "--out-dir", str(tmp_path)])
+    assert "last.prev.pt" in capsys.readouterr().out
+    assert all(torch.equal(value, end[key]) for key, value in checkpoints.load(last)["state_dict"].items())
+
+
+def test_robust_accuracy_at_chance_is_noticed():
+    def rows(*values):
+        return [{"epoch": i, "val_robust_accuracy": v} for i, v in enumerate(values, start=1)]
+
+    assert train_cifar.at_chance(rows(0.1, 0.1, 0.09, 0.1, 0.1, 0.1), 6, 10)
+    assert not train_cifar.at_chance(rows(0.1, 0.1, 0.09, 0.1), 9, 10)  # still warming up
+    assert not train_cifar.at_chance(rows(0.1, 0.1, 0.1, 0.1, 0.3, 0.1), 6, 10)
+    assert not train_cifar.at_chance(rows(None, None, None, None), 4, 10)
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, monkeypatch):

@@ -1,0 +1,197 @@
+"""Real processes, really killed; and arguments and files that nobody would type or write."""
+
+import os
+import pathlib
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from conftest import fails_in_one_line
+from test_checkpoints import own_checkpoint
+from test_train import TINY, without_times
+
+import checkpoints
+import eval_attacks
+import train_cifar
+
+# Checkpoints are written in small pieces with pauses between them, so that many kills fall into the middle of one.
+SLOW_WRITER = """
+import io, sys, time, torch
+real = torch.save
+def slow(state, file):
+    memory = io.BytesIO()
+    real(state, memory)
+    content = memory.getvalue()
+    for first in range(0, len(content), 1 + len(content) // 8):
+        file.write(content[first : first + 1 + len(content) // 8])
+        file.flush()
+        time.sleep(0.02)
+torch.save = slow
+import train_cifar
+train_cifar.main(sys.argv[1:])
+"""
+RUN = ["--defense", "mart", "--spat-alpha", "0.3", *TINY, "--epochs", "3", "--save-minutes", "0"]
+
+
+def start(arguments):
+    return subprocess.Popen([sys.executable, "-c", SLOW_WRITER, *arguments], stdout=subprocess.PIPE,
+                            stderr=subprocess.DEVNULL, cwd=pathlib.Path(train_cifar.__file__).parent,
+                            env=os.environ | {"OMP_NUM_THREADS": "1"})
+
+
+def kill_until_done(out_dir, kills, seed):
+    """Start, kill at a random moment after the first checkpoint, resume, ... -> how often it was killed."""
+    g, killed, arguments = random.Random(seed), 0, [*RUN, "--out-dir", str(out_dir)]
+    while True:
+        process = start(arguments)
+        process.stdout.readline()  # the run has begun
+        if killed < kills:
+            time.sleep(g.uniform(0.1, 1.5))
+            process.send_signal(signal.SIGKILL)
+        process.stdout.read()
+        status = process.wait()
+        if status == 0:
+            return killed
+        assert status == -signal.SIGKILL
+        killed += 1
+        if any((out_dir / name).exists() for name in ("last.pt", "last.prev.pt")):
+            arguments = ["--resume", "--out-dir", str(out_dir)]
+        else:  # killed before the first checkpoint: nothing to resume, the user starts again
+            for file in out_dir.iterdir():
+                file.unlink()
+
+
+@pytest.mark.parametrize("kills", [3, pytest.param(25, marks=pytest.mark.slow)])
+def test_killed_and_resumed_equals_undisturbed(tmp_path, kills):
+    torch.set_num_threads(1)
+    train_cifar.main([*RUN, "--out-dir", str(tmp_path / "whole")])
+    killed = kill_until_done(tmp_path / "cut", kills, seed=kills)
+    assert killed >= min(kills, 3)
+    assert without_times(tmp_path / "cut/log.csv") == without_times(tmp_path / "whole/log.csv")
+    for name in ("last.pt", "best.pt"):
+        whole, cut = (checkpoints.load(tmp_path / run / name)["state_dict"] for run in ("whole", "cut"))
+        assert all(torch.equal(whole[key], cut[key]) for key in whole), name
+    assert not list((tmp_path / "cut").glob(".*.tmp"))
+
+
+def test_a_second_process_in_the_same_directory_is_refused(tmp_path, capsys):
+    process = start([*RUN, "--epochs", "50", "--out-dir", str(tmp_path)])
+    try:
+        process.stdout.readline()
+        deadline = time.time() + 60
+        while not (tmp_path / "last.prev.pt").exists() and time.time() < deadline:
+            time.sleep(0.1)
+        assert "another process" in fails_in_one_line(train_cifar.main, ["--resume", "--out-dir", tmp_path], capsys)
+    finally:
+        process.kill()
+        process.wait()
+
+
+def pytest_generate_tests(metafunc):
+    if "fuzz_cases" in metafunc.fixturenames:
+        metafunc.parametrize("fuzz_cases", [int(os.environ.get("FUZZ_CASES", "500"))])
+
+
+TRAIN_FLAGS = ["--defense", "--spat-alpha", "--beta", "--dataset", "--arch", "--val-size", "--limit-train", "--epochs",
+               "--batch-size", "--lr", "--lr-schedule", "--lr-milestones", "--momentum", "--weight-decay", "--epsilon",
+               "--step-size", "--num-steps", "--random-start", "--precision", "--compile", "--device", "--seed",
+               "--out-dir", "--data-dir", "--save-minutes", "--resume"]
+EVAL_FLAGS = ["--model-path", "--attacks", "--alphas", "--epsilon", "--num-steps", "--cw-steps", "--step-size",
+              "--random-start", "--num-images", "--batch-size", "--seed", "--dataset", "--data-dir", "--arch",
+              "--precision", "--compile", "--device", "--json"]
+VALUES = ["", " ", "0", "1", "-1", "0.3", "1.5", "8/255", "1/0", "nan", "inf", "-inf", "1e400", "1e-400", "9" * 40,
+          "mart", "trades", "digits", "cifar10", "nowhere", "wrn-16-2", "wrn-999-99", "resnet-18", "auto", "none", "-",
+          "/dev/null", "/proc/1/x", "\0", "a\nb", "ε", "🙂" * 20, "--", "[1]", "True", "0x10", "1_000", "../..",
+          "natural", "pgd-ls"]
+
+
+def test_any_command_line_ends_in_one_line(tmp_path, capsys, monkeypatch, fuzz_cases):
+    """Random flags with random values: exit status 2 after one line, and nothing is written. What would be a valid
+    run stops where the work would begin."""
+    monkeypatch.chdir(tmp_path)
+
+    def begin(*args, **settings):
+        raise SystemExit(0)
+
+    monkeypatch.setattr(train_cifar, "train", begin)
+    monkeypatch.setattr(eval_attacks, "evaluate", begin)
+    monkeypatch.setattr(train_cifar.pathlib.Path, "mkdir", begin)
+    own_checkpoint(tmp_path / "m.pt", num_classes=10)
+    before = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
+    g, refused = random.Random(0), 0
+    for case in range(fuzz_cases):
+        main, flags = (train_cifar.main, TRAIN_FLAGS) if case % 2 else (eval_attacks.main, EVAL_FLAGS)
+        argv = ["--defense", g.choice(["mart", "madry", "standard"]), "--dataset", "digits"]
+        if main is eval_attacks.main:
+            argv = ["--model-path", "m.pt"]
+        for flag in g.sample(flags, g.randint(1, 3)):
+            argv += [flag, *g.choices(VALUES, k=g.choice([0, 1, 1, 1, 1, 2]))]
+        with pytest.raises(SystemExit) as exit_info:
+            main(argv)
+        error = capsys.readouterr().err
+        if exit_info.value.code not in (0, None):
+            assert exit_info.value.code == 2 and error.count("\n") == 1 and "Traceback" not in error, (argv, error)
+            refused += 1
+        assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == before, argv
+    assert fuzz_cases / 2 < refused < fuzz_cases  # both kinds occur
+
+
+def test_any_model_file_ends_in_one_line_or_works(tmp_path, capsys, monkeypatch, fuzz_cases):
+    own_checkpoint(tmp_path / "m.pt", num_classes=10)
+    whole = (tmp_path / "m.pt").read_bytes()
+    monkeypatch.setattr(eval_attacks, "evaluate", lambda *_: None)
+    monkeypatch.setattr(eval_attacks, "table", lambda *_: "")
+    g, refused = random.Random(0), 0
+    for _ in range(fuzz_cases):
+        content = bytearray(whole)
+        kind = g.choice(["cut", "flip", "insert", "zero", "swap"])
+        at, n = g.randrange(len(content)), g.choice([1, 8, 300])
+        if kind == "cut":
+            del content[at:]
+        elif kind == "flip":
+            content[at] ^= 1 << g.randrange(8)
+        elif kind == "insert":
+            content[at:at] = g.randbytes(n)
+        elif kind == "zero":
+            content[at : at + n] = bytes(len(content[at : at + n]))
+        else:
+            content = content[at:] + content[:at]
+        (tmp_path / "m.pt").write_bytes(content)
+        try:
+            eval_attacks.main(["--model-path", str(tmp_path / "m.pt"), "--dataset", "digits", "--num-images", "2"])
+        except SystemExit as error:
+            assert error.code == 2
+            refused += 1
+        error = capsys.readouterr().err
+        assert error.count("\n") <= 1 and "Traceback" not in error
+        assert (tmp_path / "m.pt").read_bytes() == content and len(list(tmp_path.iterdir())) == 1
+    assert refused > fuzz_cases / 4
+
+
+HOSTILE = [
+    {"args": 5}, {"args": None}, {"args": {"dataset": 5}}, {"args": {"dataset": "/etc"}}, {"args": {"dataset": "x\ny"}},
+    {"args": {"dataset": "digits", "arch": "a", "defense": "mart", "spat_alpha": "x", "seed": 1, "epsilon": "0.1"}},
+    {"args": {"dataset": "x\ny", "arch": "a", "defense": "b", "spat_alpha": 0.5, "seed": 1, "epsilon": "0.1"}},
+    {"epoch": "x"}, {"classes": 3}, {"state_dict": {}},
+    {"state_dict": {"fc.weight": torch.zeros(2)}}, {"state_dict": {5: torch.zeros(2)}},
+    {"state_dict": {"fc.weight": torch.zeros(10, 64), "block1.layer.0.conv1.weight": torch.zeros(())}},
+    {"state_dict": {"fc.weight": torch.zeros(10**6, 1), "block1.layer.0.conv1.weight": torch.zeros(16 * 99, 1)}},
+    {"state_dict": {"linear.weight": torch.zeros(()), "layer1.0.conv1.weight": torch.zeros(1)}},
+]
+
+
+@pytest.mark.parametrize("change", HOSTILE, ids=range(len(HOSTILE)))
+def test_well_formed_files_with_the_wrong_things_in_them(tmp_path, capsys, change):
+    own_checkpoint(tmp_path / "m.pt", num_classes=10)
+    checkpoints.save(checkpoints.load(tmp_path / "m.pt") | change, tmp_path / "m.pt")
+    try:
+        eval_attacks.main(["--model-path", str(tmp_path / "m.pt"), "--num-images", "1", "--attacks", "natural",
+                           "--data-dir", str(tmp_path / "no-such-folder"), "--precision", "fp32"])
+    except SystemExit as error:
+        assert error.code == 2
+        error = capsys.readouterr().err
+        assert error.count("\n") == 1 and "Traceback" not in error, error
