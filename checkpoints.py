@@ -3,15 +3,10 @@
 Nothing from a file is executed: torch.load runs with weights_only=True everywhere.
 """
 
-import contextlib
-import csv
-import fcntl
 import hashlib
-import io
 import os
 import pathlib
 import re
-import signal
 import warnings
 import zipfile
 
@@ -42,99 +37,6 @@ def write_atomically(path, write):
 def save(state, path):
     """torch.save, atomically."""
     write_atomically(path, lambda file: torch.save(state, file))
-
-
-def save_run(state, out_dir):
-    """Save last.pt; the one before it stays as last.prev.pt."""
-    last = pathlib.Path(out_dir, "last.pt")
-    if last.exists():
-        # a hard link and not a rename: last.pt is there at any moment
-        link = last.with_name(".last.prev.tmp")
-        link.unlink(missing_ok=True)
-        os.link(last, link)
-        os.replace(link, last.with_name("last.prev.pt"))
-    save(state, last)
-
-
-def load_run(out_dir):
-    """The newest whole checkpoint of a run, last.pt or else last.prev.pt; raises ValueError if there is none."""
-    folder = pathlib.Path(out_dir)
-    if not (folder / "last.pt").exists() and not (folder / "last.prev.pt").exists():
-        raise ValueError(f"--resume: {out_dir} holds no run (no last.pt)")
-    try:
-        state = load(folder / "last.pt")
-    except ValueError as error:
-        state = load(folder / "last.prev.pt")
-        print(f"{error}; going on from the checkpoint before it, last.prev.pt")
-    if not isinstance(state, dict) or state.get("format") != FORMAT:
-        raise ValueError(f"--resume: {out_dir}/last.pt is not a checkpoint of train_cifar.py")
-    return state
-
-
-@contextlib.contextmanager
-def run_lock(out_dir):
-    """One process at a time in a run's directory; ValueError if a living one is there. The kernel frees the lock of a
-    process that dies, however it dies."""
-    with open(pathlib.Path(out_dir, ".lock"), "w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ValueError(f"--out-dir {out_dir}: another process is training there") from None
-        yield
-
-
-@contextlib.contextmanager
-def deferred_signals():
-    """Inside, a first SIGINT or SIGTERM only appends its number to the list that this yields, so that the step at hand
-    can be finished and saved; a second one ends the process at once."""
-    received = []
-
-    def note(number, frame):
-        if received:
-            raise KeyboardInterrupt
-        received.append(number)
-
-    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield received
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-def write_log(out_dir, rows):
-    """log.csv, and curves.png drawn from it; rows: a dict an epoch, None for an empty cell."""
-    text = io.StringIO()
-    writer = csv.DictWriter(text, rows[0])
-    writer.writeheader()
-    writer.writerows({key: f"{v:.6g}" if isinstance(v, float) else v for key, v in row.items()} for row in rows)
-    write_atomically(pathlib.Path(out_dir) / "log.csv", text.getvalue().encode())
-
-    import matplotlib  # here, so that loading a model does not wait for it
-
-    matplotlib.use("agg")
-    from matplotlib import pyplot as plt
-
-    figure, axes = plt.subplots(1, 2, figsize=(9, 3.2), layout="constrained")
-    epochs = [row["epoch"] for row in rows]
-    for ax, unit, scale, names in (
-        (axes[0], "accuracy (%)", 100, [f"{part}_{kind}_accuracy" for part in ("train", "val")
-                                        for kind in ("natural", "robust")]),
-        (axes[1], "loss", 1, ["train_loss", "val_natural_loss", "val_robust_loss"]),
-    ):
-        for name in names:
-            values = [row[name] for row in rows]
-            if None not in values:
-                style = ".--" if name.startswith("train") else ".-"
-                label = name.replace("_accuracy", "").replace("_", " ")
-                ax.plot(epochs, [scale * v for v in values], style, label=label)
-        ax.set(xlabel="epoch", ylabel=unit)
-        ax.grid(alpha=0.3)
-        ax.legend(fontsize=8)
-    image = io.BytesIO()
-    figure.savefig(image, dpi=100)
-    plt.close(figure)
-    write_atomically(pathlib.Path(out_dir) / "curves.png", image.getvalue())
 
 
 def load(path, device="cpu"):

@@ -25,6 +25,7 @@ import cli
 import data
 import losses
 import models
+import rundir
 
 OUTER = {
     "standard": losses.standard_loss,
@@ -131,7 +132,7 @@ def new_or_resumed(typed):
             raise ValueError(f"--out-dir {args.out_dir} holds a run already: add --resume, or choose another")
         return args, None
     out_dir = typed.get("out_dir") or with_defaults(typed).out_dir
-    state = checkpoints.load_run(out_dir)
+    state = rundir.load_run(out_dir)
     for key, value in typed.items():
         of_the_run = state["args"].get(key)
         if key not in FREE_ON_RESUME and value not in ("auto", of_the_run):
@@ -219,33 +220,6 @@ def shares(model, x, x_adv, y, alpha):
     return torch.stack([before > 1 - alpha, after > before, torch.ones_like(before, dtype=torch.bool)]).sum(1)
 
 
-def epoch_row(args, epoch, lr, sums, steps):
-    """A row of the log from the epoch's running sums; None, an empty cell, for what the defense does not have."""
-    loss, natural, robust, confident, easier, sampled = sums
-    row = {"epoch": epoch, "lr": lr, "train_loss": loss / steps}
-    row["train_natural_accuracy"] = natural / steps if args.defense != "madry" else None
-    row["train_robust_accuracy"] = robust / steps if sampled else None
-    has_alpha = sampled and (args.defense != "trades" or args.spat_alpha is not None)
-    row["share_p_y_above_1_minus_alpha"] = confident / sampled if has_alpha else None
-    row["share_made_easier"] = easier / sampled if sampled else None
-    return row
-
-
-def summary(row):
-    """The line on the screen at the end of an epoch."""
-    parts = [f"epoch {row['epoch']}", f"lr {row['lr']:.4g}", f"loss {row['train_loss']:.4f}"]
-    for name in ("natural", "robust"):
-        if row[f"val_{name}_accuracy"] is not None:
-            parts.append(f"val {name} {row[f'val_{name}_accuracy']:.2%}")
-    return "  ".join(parts + [f"{row['images_per_s']:.0f} img/s"])
-
-
-def at_chance(rows, epochs, num_classes):
-    """Whether PGD-20 on held-out images stayed at guessing for three epochs, after the first third of the run."""
-    late = [row["val_robust_accuracy"] for row in rows[-3:] if row["epoch"] > epochs / 3]
-    return len(late) == 3 and None not in late and max(late) <= 1.05 / num_classes
-
-
 def pick_forward(args, model, images, passes):
     """(eager, fast) callables x -> logits of the model, by --precision and --compile; what auto comes to is printed
     and put into args. passes: how many forward-backward passes over a batch the run will make."""
@@ -324,7 +298,7 @@ def train(args, state, train_set, val_set, device, stop=()):
 
         if last_of_epoch:
             seconds = time.perf_counter() - epoch_start
-            row = epoch_row(args, epoch + 1, group["lr"], sums.tolist(), steps_per_epoch)
+            row = rundir.epoch_row(args, epoch + 1, group["lr"], sums.tolist(), steps_per_epoch)
             row |= validate(model, forward, val_set, args) | {"seconds": seconds}
             row["images_per_s"] = (step + 1 - epoch_first_step) * args.batch_size / seconds
             rows.append(row)
@@ -333,13 +307,13 @@ def train(args, state, train_set, val_set, device, stop=()):
             if score is not None and score > best:
                 best = score
                 checkpoints.save(checkpoint(step + 1) | {"optimizer": None}, out_dir / "best.pt")
-            checkpoints.write_log(out_dir, rows)
-            bar.write(summary(row))
-            if args.defense != "standard" and at_chance(rows, args.epochs, len(train_set.classes)):
+            rundir.write_log(out_dir, rows)
+            bar.write(rundir.summary(row))
+            if args.defense != "standard" and rundir.at_chance(rows, args.epochs, len(train_set.classes)):
                 bar.write("warning: the robust accuracy has been at chance for three epochs: is the rate too high?")
             epoch_start, epoch_first_step = time.perf_counter(), step + 1
         if save_now:
-            checkpoints.save_run(checkpoint(step + 1), out_dir)
+            rundir.save_run(checkpoint(step + 1), out_dir)
             saved = time.perf_counter()
         if stop and step + 1 < total_steps:
             break
@@ -360,7 +334,7 @@ def main(argv=None):
         parser.error(error)
     print(f"{args.dataset}: training on {len(train_set.labels)} images, {len(val_set.labels)} held out; {args.out_dir}")
     try:
-        with checkpoints.run_lock(out_dir), checkpoints.deferred_signals() as stop:
+        with rundir.run_lock(out_dir), rundir.deferred_signals() as stop:
             complete = train(args, state, train_set.to(device), val_set.to(device), device, stop)
     except ValueError as error:
         parser.error(error)

@@ -12,6 +12,7 @@ import torch
 
 import checkpoints
 import models
+import rundir
 
 
 def own_checkpoint(path, arch="wrn-10-1", num_classes=4):
@@ -119,10 +120,10 @@ def test_a_failed_save_leaves_the_old_file(tmp_path, monkeypatch):
 
 def test_a_run_keeps_the_checkpoint_before_the_last(tmp_path, capsys):
     for step in (1, 2):
-        checkpoints.save_run({"format": checkpoints.FORMAT, "step": step}, tmp_path)
-    assert checkpoints.load_run(tmp_path)["step"] == 2
+        rundir.save_run({"format": checkpoints.FORMAT, "step": step}, tmp_path)
+    assert rundir.load_run(tmp_path)["step"] == 2
     (tmp_path / "last.pt").write_bytes(b"cut")
-    assert checkpoints.load_run(tmp_path)["step"] == 1
+    assert rundir.load_run(tmp_path)["step"] == 1
     assert "going on from the checkpoint before it" in capsys.readouterr().out
 
 
@@ -149,19 +150,19 @@ def test_no_flipped_or_missing_byte_goes_unseen(tmp_path):
 
 
 def test_a_lock_is_held_by_the_living_only(tmp_path):
-    with checkpoints.run_lock(tmp_path):
-        with pytest.raises(ValueError, match="another process"), checkpoints.run_lock(tmp_path):
+    with rundir.run_lock(tmp_path):
+        with pytest.raises(ValueError, match="another process"), rundir.run_lock(tmp_path):
             pass
-    with checkpoints.run_lock(tmp_path):
+    with rundir.run_lock(tmp_path):
         pass
-    holder = ("import sys, time, checkpoints\n"
-              "with checkpoints.run_lock(sys.argv[1]):\n print(1, flush=True)\n time.sleep(60)")
+    holder = ("import sys, time, rundir\n"
+              "with rundir.run_lock(sys.argv[1]):\n print(1, flush=True)\n time.sleep(60)")
     process = subprocess.Popen([sys.executable, "-c", holder, tmp_path], stdout=subprocess.PIPE,
                                cwd=pathlib.Path(checkpoints.__file__).parent)
     process.stdout.readline()
-    with pytest.raises(ValueError, match="another process"), checkpoints.run_lock(tmp_path):
+    with pytest.raises(ValueError, match="another process"), rundir.run_lock(tmp_path):
         pass
     process.kill()
     process.wait()
-    with checkpoints.run_lock(tmp_path):
+    with rundir.run_lock(tmp_path):
         pass

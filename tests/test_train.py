@@ -13,6 +13,7 @@ import checkpoints
 import data
 import eval_attacks
 import losses
+import rundir
 import train_cifar
 
 TINY = ["--dataset", "digits", "--limit-train", "48", "--val-size", "16", "--batch-size", "16", "--num-steps", "2",
@@ -289,10 +290,10 @@ def test_robust_accuracy_at_chance_is_noticed():
     def rows(*values):
         return [{"epoch": i, "val_robust_accuracy": v} for i, v in enumerate(values, start=1)]
 
-    assert train_cifar.at_chance(rows(0.1, 0.1, 0.09, 0.1, 0.1, 0.1), 6, 10)
-    assert not train_cifar.at_chance(rows(0.1, 0.1, 0.09, 0.1), 9, 10)  # still warming up
-    assert not train_cifar.at_chance(rows(0.1, 0.1, 0.1, 0.1, 0.3, 0.1), 6, 10)
-    assert not train_cifar.at_chance(rows(None, None, None, None), 4, 10)
+    assert rundir.at_chance(rows(0.1, 0.1, 0.09, 0.1, 0.1, 0.1), 6, 10)
+    assert not rundir.at_chance(rows(0.1, 0.1, 0.09, 0.1), 9, 10)  # still warming up
+    assert not rundir.at_chance(rows(0.1, 0.1, 0.1, 0.1, 0.3, 0.1), 6, 10)
+    assert not rundir.at_chance(rows(None, None, None, None), 4, 10)
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, monkeypatch):

@@ -1,0 +1,131 @@
+"""A run's directory: one process at a time, checkpoints of which one is always whole, the log and its curves."""
+
+import contextlib
+import csv
+import fcntl
+import io
+import os
+import pathlib
+import signal
+
+import checkpoints
+
+
+@contextlib.contextmanager
+def run_lock(out_dir):
+    """One process at a time in a run's directory; ValueError if a living one is there. The kernel frees the lock of a
+    process that dies, however it dies."""
+    with open(pathlib.Path(out_dir, ".lock"), "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"--out-dir {out_dir}: another process is training there") from None
+        yield
+
+
+@contextlib.contextmanager
+def deferred_signals():
+    """Inside, a first SIGINT or SIGTERM only appends its number to the list that this yields, so that the step at hand
+    can be finished and saved; a second one ends the process at once."""
+    received = []
+
+    def note(number, frame):
+        if received:
+            raise KeyboardInterrupt
+        received.append(number)
+
+    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield received
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def save_run(state, out_dir):
+    """Save last.pt; the one before it stays as last.prev.pt."""
+    last = pathlib.Path(out_dir, "last.pt")
+    if last.exists():
+        # a hard link and not a rename: last.pt is there at any moment
+        link = last.with_name(".last.prev.tmp")
+        link.unlink(missing_ok=True)
+        os.link(last, link)
+        os.replace(link, last.with_name("last.prev.pt"))
+    checkpoints.save(state, last)
+
+
+def load_run(out_dir):
+    """The newest whole checkpoint of a run, last.pt or else last.prev.pt; raises ValueError if there is none."""
+    folder = pathlib.Path(out_dir)
+    if not (folder / "last.pt").exists() and not (folder / "last.prev.pt").exists():
+        raise ValueError(f"--resume: {out_dir} holds no run (no last.pt)")
+    try:
+        state = checkpoints.load(folder / "last.pt")
+    except ValueError as error:
+        state = checkpoints.load(folder / "last.prev.pt")
+        print(f"{error}; going on from the checkpoint before it, last.prev.pt")
+    if not isinstance(state, dict) or state.get("format") != checkpoints.FORMAT:
+        raise ValueError(f"--resume: {out_dir}/last.pt is not a checkpoint of train_cifar.py")
+    return state
+
+
+def write_log(out_dir, rows):
+    """log.csv, and curves.png drawn from it; rows: a dict an epoch, None for an empty cell."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, rows[0])
+    writer.writeheader()
+    writer.writerows({key: f"{v:.6g}" if isinstance(v, float) else v for key, v in row.items()} for row in rows)
+    checkpoints.write_atomically(pathlib.Path(out_dir) / "log.csv", text.getvalue().encode())
+
+    import matplotlib  # here, so that loading a model does not wait for it
+
+    matplotlib.use("agg")
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(1, 2, figsize=(9, 3.2), layout="constrained")
+    epochs = [row["epoch"] for row in rows]
+    for ax, unit, scale, names in (
+        (axes[0], "accuracy (%)", 100, [f"{part}_{kind}_accuracy" for part in ("train", "val")
+                                        for kind in ("natural", "robust")]),
+        (axes[1], "loss", 1, ["train_loss", "val_natural_loss", "val_robust_loss"]),
+    ):
+        for name in names:
+            values = [row[name] for row in rows]
+            if None not in values:
+                style = ".--" if name.startswith("train") else ".-"
+                label = name.replace("_accuracy", "").replace("_", " ")
+                ax.plot(epochs, [scale * v for v in values], style, label=label)
+        ax.set(xlabel="epoch", ylabel=unit)
+        ax.grid(alpha=0.3)
+        ax.legend(fontsize=8)
+    image = io.BytesIO()
+    figure.savefig(image, dpi=100)
+    plt.close(figure)
+    checkpoints.write_atomically(pathlib.Path(out_dir) / "curves.png", image.getvalue())
+
+
+def epoch_row(args, epoch, lr, sums, steps):
+    """A row of the log from the epoch's running sums; None, an empty cell, for what the defense does not have."""
+    loss, natural, robust, confident, easier, sampled = sums
+    row = {"epoch": epoch, "lr": lr, "train_loss": loss / steps}
+    row["train_natural_accuracy"] = natural / steps if args.defense != "madry" else None
+    row["train_robust_accuracy"] = robust / steps if sampled else None
+    has_alpha = sampled and (args.defense != "trades" or args.spat_alpha is not None)
+    row["share_p_y_above_1_minus_alpha"] = confident / sampled if has_alpha else None
+    row["share_made_easier"] = easier / sampled if sampled else None
+    return row
+
+
+def summary(row):
+    """The line on the screen at the end of an epoch."""
+    parts = [f"epoch {row['epoch']}", f"lr {row['lr']:.4g}", f"loss {row['train_loss']:.4f}"]
+    for name in ("natural", "robust"):
+        if row[f"val_{name}_accuracy"] is not None:
+            parts.append(f"val {name} {row[f'val_{name}_accuracy']:.2%}")
+    return "  ".join(parts + [f"{row['images_per_s']:.0f} img/s"])
+
+
+def at_chance(rows, epochs, num_classes):
+    """Whether PGD-20 on held-out images stayed at guessing for three epochs, after the first third of the run."""
+    late = [row["val_robust_accuracy"] for row in rows[-3:] if row["epoch"] > epochs / 3]
+    return len(late) == 3 and None not in late and max(late) <= 1.05 / num_classes
