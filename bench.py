@@ -22,7 +22,6 @@ from tqdm import tqdm
 import attacks
 import checkpoints
 import cli
-import data
 import losses
 import models
 import train_cifar
@@ -134,15 +133,17 @@ def ours(args, precision, compiled):
     x, y = batch(args, args.batch_size, torch.channels_last)
     x_eval, y_eval = batch(args, args.eval_batch_size, torch.channels_last)
     pixels = x_eval.mul(255).byte()
-    plain = cli.forward_pass(model, precision)
-    forward, _, _ = cli.pick_compiled(compiled, model, precision, x, passes=0)
+    plain = forward = cli.forward_pass(model, precision)
+    if compiled:
+        forward, _ = cli.compiled_pass(model, plain, x)
+    both = train_cifar.BothPasses(model, forward)
 
     def attack():
-        rng = data.step_generator(args.torch_device, 1, 0)
-        return train_cifar.inner_maximisation(model, plain, forward, x, y, rng, train_args)
+        start = attacks.start_perturbation("gaussian", x, 8 / 255)
+        return train_cifar.inner_maximisation(model, plain, forward, x, y, start, train_args)
 
     def step():
-        train_cifar.outer_minimisation(model, forward, optimizer, x, attack(), y, train_args)
+        train_cifar.outer_minimisation(both, optimizer, x, attack(), y, train_args)
 
     def pgd(x, y, indices):
         return attacks.pgd(forward, x, y, losses.cross_entropy, epsilon=8 / 255, step_size=0.8 / 255,
@@ -205,7 +206,7 @@ def timed(function, device):
 def sides_of(args):
     """{name: (constructor of the functions, dtype of its arithmetic)}"""
     precision, _ = cli.pick_precision(args.precision, args.torch_device)
-    compiled = "on" if args.compile == "auto" else args.compile
+    compiled = args.compile != "off"
     sides = {"textbook": (lambda: textbook(args), torch.float32)}
     for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
         if name == "fp32" or precision == "bf16":
@@ -273,7 +274,7 @@ def scaling(args):
     rows = []
     for what, value, change in tqdm(points, unit="point", dynamic_ncols=True):
         point = Namespace(**vars(args) | {"eval_batch_size": 1} | change)
-        step = ours(point, precision, "off")["training step"]
+        step = ours(point, precision, compiled=False)["training step"]
         seconds = cli.seconds(step, args.torch_device, repeats=args.repeats)
         rows.append({"varied": what, "value": value, "seconds": seconds, "images_per_s": point.batch_size / seconds,
                      "gflop_per_s": flops(point)["training step"] / seconds / 1e9})

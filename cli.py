@@ -2,11 +2,15 @@
 flags, and what --device, --precision and --compile come to on this machine."""
 
 import argparse
+import contextlib
+import datetime
+import os
 import sys
 import time
 from fractions import Fraction
 
 import torch
+import torch.distributed as dist
 
 import models
 
@@ -103,33 +107,83 @@ def forward_pass(model, precision="fp32"):
     return forward
 
 
-def pick_compiled(name, model, precision, x, passes):
-    """(callable x -> logits, "on" or "off", the reason in words), for --compile `name`.
+def _attack_pass(forward, x):
+    inputs = x.detach().requires_grad_()
+    torch.autograd.grad(forward(inputs).float().sum(), inputs)
 
-    auto compiles when `passes` passes over batches like x take so long that compiling pays. A compiler that is missing
-    or fails gives the eager callable and says so.
-    """
-    eager = forward_pass(model, precision)
 
-    def attack_pass(forward):
-        def run():
-            inputs = x.detach().requires_grad_()
-            torch.autograd.grad(forward(inputs).float().sum(), inputs)
-        return run
-
+def pick_compile(name, model, eager, x, passes):
+    """"auto", "on" or "off" -> ("on" or "off", the reason in words). auto: on, where `passes` passes of the callable
+    `eager` over batches like x take so long that compiling pays."""
+    if name != "auto":
+        return name, "as asked"
     with models.frozen(model):
-        if name == "off":
-            return eager, "off", "as asked"
-        if name == "auto":
-            minutes = seconds(attack_pass(eager), x.device, repeats=1) * passes / 60
-            if minutes < COMPILE_PAYS_MINUTES:
-                return eager, "off", f"eager needs about {minutes:.0f} minutes, too few for compiling to pay"
-        # reduce-overhead captures CUDA graphs; whoever keeps a result of `compiled` beyond its next call must copy it
-        mode = "reduce-overhead" if x.device.type == "cuda" else "default"
-        compiled = torch.compile(eager, dynamic=False, mode=mode)
-        start = time.perf_counter()
-        try:
-            attack_pass(compiled)()
-        except Exception as error:  # whatever the toolchain may raise: the run must go on
-            return eager, "off", f"torch.compile failed ({type(error).__name__}), going on without"
-        return compiled, "on", f"the attack's graph took {time.perf_counter() - start:.0f} s to compile"
+        minutes = seconds(lambda: _attack_pass(eager, x), x.device, repeats=1) * passes / 60
+    if minutes < COMPILE_PAYS_MINUTES:
+        return "off", f"eager needs about {minutes:.0f} minutes, too few for compiling to pay"
+    return "on", f"eager needs about {minutes:.0f} minutes"
+
+
+def compiled_pass(model, eager, x):
+    """(callable x -> logits, what came of it in words): `eager` compiled for batches like x, or, if the compiler is
+    missing or fails, `eager` itself."""
+    # reduce-overhead captures CUDA graphs; whoever keeps a result of `compiled` beyond its next call must copy it
+    mode = "reduce-overhead" if x.device.type == "cuda" else "default"
+    compiled, start = torch.compile(eager, dynamic=False, mode=mode), time.perf_counter()
+    try:
+        with models.frozen(model):
+            _attack_pass(compiled, x)
+    except Exception as error:  # whatever the toolchain may raise: the run must go on
+        return eager, f"torch.compile failed ({type(error).__name__}): going on without"
+    return compiled, f"the attack's graph took {time.perf_counter() - start:.0f} s to compile"
+
+
+# Several processes, started by torchrun. With one, these do nothing. --------------------------------------------------
+
+
+def rank_and_world():
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+@contextlib.contextmanager
+def join_job(name):
+    """Yields (this process's device, its rank, the number of processes); under torchrun after joining the others."""
+    device = pick_device(name)
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        yield device, 0, 1
+        return
+    if device.type == "cuda":
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(device)
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=datetime.timedelta(minutes=30))
+    try:
+        yield device, *rank_and_world()
+    finally:
+        dist.destroy_process_group()
+
+
+def agreed(value):
+    """Rank 0's value, on all processes."""
+    values = [value]
+    if dist.is_initialized():
+        dist.broadcast_object_list(values)
+    return values[0]
+
+
+def sum_over_processes(tensor):
+    if dist.is_initialized():
+        dist.all_reduce(tensor)
+    return tensor
+
+
+def any_process(*flags):
+    """For each flag whether it is true in any process; waits for all of them."""
+    device = "cuda" if dist.is_initialized() and dist.get_backend() == "nccl" else "cpu"
+    return [bool(v) for v in sum_over_processes(torch.tensor([float(bool(f)) for f in flags] or [0.0], device=device))]
+
+
+def broadcast_buffers(model):
+    """Rank 0's batch-norm statistics for all, so that every process attacks the same model."""
+    if dist.is_initialized():
+        for buffer in model.buffers():
+            dist.broadcast(buffer, 0)

@@ -175,10 +175,15 @@ def crop_and_flip(images, top, left, flip, padding=4):
     return padded[example, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
 
 
+def to_float(images):
+    """uint8 -> float32 in [0, 1], channels_last."""
+    return images.to(torch.float32, memory_format=torch.channels_last).div_(255)
+
+
 def augment(images, generator, padding=4):
     """Random crop (pad 4) and random horizontal flip of a uint8 batch, as in TRADES and MART; float32 in [0, 1]."""
     b, device = len(images), images.device
     top = torch.randint(2 * padding + 1, (b,), generator=generator, device=device)
     left = torch.randint(2 * padding + 1, (b,), generator=generator, device=device)
     flip = torch.rand(b, generator=generator, device=device) < 0.5
-    return crop_and_flip(images, top, left, flip, padding).float().div(255)
+    return to_float(crop_and_flip(images, top, left, flip, padding))

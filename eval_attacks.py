@@ -167,8 +167,11 @@ def evaluate(model, test, args, result):
     args.precision, why = cli.pick_precision(args.precision, args.device_used)
     result["precision"] = args.precision
     passes = sum(params.get("num_steps", 1) for _, params in todo) * -(-len(test.labels) // args.batch_size)
-    x = test.images[torch.arange(args.batch_size) % len(test.labels)].float().div(255)
-    forward, args.compile, why_compile = cli.pick_compiled(args.compile, model, args.precision, x, passes)
+    x = data.to_float(test.images[torch.arange(args.batch_size) % len(test.labels)])
+    forward = cli.forward_pass(model, args.precision)
+    args.compile, why_compile = cli.pick_compile(args.compile, model, forward, x, passes)
+    if args.compile == "on":
+        forward, why_compile = cli.compiled_pass(model, forward, x)
     print(f"precision {args.precision}: {why}; compile {args.compile}: {why_compile}")
     cost = [1 + params.get("num_steps", 0) for _, params in todo]
     with models.frozen(model), tqdm(total=sum(cost) * len(test.labels), unit="pass", unit_scale=True,

@@ -6,11 +6,13 @@
 --spat-alpha A, the label-smoothed cross entropy with α = A (SPAT, Eq. 10). Nothing else knows of SPAT.
 """
 
+import contextlib
 import functools
 import json
 import math
 import pathlib
 import shlex
+import signal
 import sys
 import time
 from argparse import Namespace
@@ -184,13 +186,24 @@ def build_optimizer(model, args):
                            weight_decay=args.weight_decay, fused=True)
 
 
-def inner_maximisation(model, plain, forward, x, y, rng, args):
+class BothPasses(torch.nn.Module):
+    """(x, x_adv) -> (logits_nat, logits_adv), None for None. x and x_adv go through the model apart, natural first:
+    together they would share their batch statistics. One module, as DistributedDataParallel wants one forward call."""
+
+    def __init__(self, model, forward_pass):
+        super().__init__()
+        self.model, self.forward_pass = model, forward_pass
+
+    def forward(self, x, x_adv):
+        return tuple(None if batch is None else self.forward_pass(batch) for batch in (x, x_adv))
+
+
+def inner_maximisation(model, plain, forward, x, y, start, args):
     """x_adv, Eq. 10: PGD on the frozen model. plain: the eager forward pass, for what is computed once a batch."""
     objective, target = INNER[args.defense], y
     if args.spat_alpha is not None:
         objective = functools.partial(losses.lsce, alpha=args.spat_alpha)
     epsilon, step_size = float(Fraction(args.epsilon)), float(Fraction(args.step_size))
-    start = attacks.start_perturbation(args.random_start, x, epsilon, rng)
     with models.frozen(model):
         if objective is losses.kl_divergence:
             with torch.no_grad():
@@ -199,12 +212,10 @@ def inner_maximisation(model, plain, forward, x, y, rng, args):
                            num_steps=args.num_steps, random_start=start)
 
 
-def outer_minimisation(model, forward, optimizer, x, x_adv, y, args):
-    """One step on the defense's loss, Eq. 4 -> (loss, logits_nat, logits_adv), None for logits that it does without.
-    x and x_adv go through the model apart, natural first: together they would share their batch statistics."""
-    model.train()
-    logits_nat = forward(x) if args.defense != "madry" else None
-    logits_adv = forward(x_adv) if args.defense != "standard" else None
+def outer_minimisation(both, optimizer, x, x_adv, y, args):
+    """One step on the defense's loss, Eq. 4 -> (loss, logits_nat, logits_adv), None for logits that it does without."""
+    both.train()
+    logits_nat, logits_adv = both(None if args.defense == "madry" else x, x_adv)
     loss = OUTER[args.defense](logits_adv, logits_nat, y, args.beta)
     optimizer.zero_grad(set_to_none=True)
     loss.backward()
@@ -213,53 +224,70 @@ def outer_minimisation(model, forward, optimizer, x, x_adv, y, args):
 
 
 @torch.no_grad()
-def shares(model, x, x_adv, y, alpha):
-    """Of a batch: how many have p_y(x) > 1 - α, where ascending LSCE raises the true logit; how many the attack made
-    easier, p_y(x_adv) > p_y(x); and the batch's size."""
-    before, after = (model(batch).float().softmax(1).gather(1, y[:, None])[:, 0] for batch in (x, x_adv))
-    return torch.stack([before > 1 - alpha, after > before, torch.ones_like(before, dtype=torch.bool)]).sum(1)
+def tally(model, plain, x, x_adv, y, loss, logits_nat, logits_adv, alpha):
+    """What the log adds up, of one batch: (6,) the loss; the natural and the robust training accuracy; and, if alpha is
+    not None, how many of the examples have p_y(x) > 1 - α, where ascending LSCE raises the true logit, how many the
+    attack made easier, p_y(x_adv) > p_y(x), and of how many."""
+    counts = loss.new_zeros(6)
+    counts[0] = loss
+    for k, logits in enumerate((logits_nat, logits_adv), start=1):
+        if logits is not None:
+            counts[k] = (logits.argmax(1) == y).float().mean()
+    if alpha is not None:
+        with models.frozen(model):
+            before, after = (plain(batch).float().softmax(1).gather(1, y[:, None])[:, 0] for batch in (x, x_adv))
+        counts[3:] = torch.stack([before > 1 - alpha, after > before, torch.ones_like(y, dtype=torch.bool)]).sum(1)
+    return counts
 
 
-def pick_forward(args, model, images, passes):
-    """(eager, fast) callables x -> logits of the model, by --precision and --compile; what auto comes to is printed
-    and put into args. passes: how many forward-backward passes over a batch the run will make."""
-    args.precision, why = cli.pick_precision(args.precision, images.device)
-    print(f"precision {args.precision}: {why}")
+def pick_forward(args, model, x, passes):
+    """(eager, fast) callables x -> logits of the model, by --precision and --compile; what auto comes to goes into
+    args and onto the screen. passes: how many forward-backward passes over batches like x the run will make."""
+    (args.precision, why), rank = cli.agreed(cli.pick_precision(args.precision, x.device)), cli.rank_and_world()[0]
     plain = cli.forward_pass(model, args.precision)
-    x = images[torch.arange(args.batch_size, device=images.device) % len(images)].float().div(255)
-    forward, args.compile, why = cli.pick_compiled(args.compile, model, args.precision, x, passes)
-    print(f"compile {args.compile}: {why}")
+    args.compile, why_compile = cli.agreed(cli.pick_compile(args.compile, model, plain, x, passes))
+    forward = plain
+    if args.compile == "on":
+        forward, why_compile = cli.compiled_pass(model, plain, x)
+    if rank == 0:
+        print(f"precision {args.precision}: {why}\ncompile {args.compile}: {why_compile}")
     return plain, forward
 
 
 def train(args, state, train_set, val_set, device, stop=()):
     """The run from its first step, or from the checkpoint `state`, to its end or to the step in which `stop` fills.
-    Writes into args.out_dir; returns whether the run is complete."""
-    out_dir = pathlib.Path(args.out_dir)
+    Rank 0 writes into args.out_dir. Returns whether the run is complete."""
+    out_dir, (rank, world) = pathlib.Path(args.out_dir), cli.rank_and_world()
+    mine = slice(rank * args.batch_size // world, (rank + 1) * args.batch_size // world)
     torch.manual_seed(args.seed)  # for the initial weights; every later draw is a function of (seed, step)
     model = models.build_model(args.arch, len(train_set.classes)).to(device)
     optimizer = build_optimizer(model, args)
+    adversarial = args.defense != "standard"
     steps_per_epoch = math.ceil(len(train_set.labels) / args.batch_size)
     total_steps = args.epochs * steps_per_epoch
-    plain, forward = pick_forward(args, model, train_set.images, total_steps * (args.num_steps + 4))
-    checkpoints.write_atomically(out_dir / "args.json", json.dumps(vars(args), indent=2).encode())
-
     first_step, rows, best, sums = 0, [], -1.0, torch.zeros(6, device=device)
     if state is not None:
         model.load_state_dict(state["state_dict"])
         optimizer.load_state_dict(state["optimizer"])
         first_step, rows, best, sums = state["step"], state["rows"], state["best"], state["sums"].to(device)
-        if state["device"] != device.type:
-            print(f"resumed on {device.type}, begun on {state['device']}: no longer equal to the bit")
+        if rank == 0 and state["on"] != [device.type, world]:
+            print(f"resumed on {[device.type, world]}, was on {state['on']}: no longer equal to the bit")
+    x = data.to_float(train_set.images[torch.arange(args.batch_size, device=device) % len(train_set.labels)][mine])
+    plain, forward = pick_forward(args, model, x, (total_steps - first_step) * (args.num_steps + 4))
+    both = BothPasses(model, forward)
+    if world > 1:
+        both = torch.nn.parallel.DistributedDataParallel(both, broadcast_buffers=False)
 
     def checkpoint(step):
         return {"format": checkpoints.FORMAT, "args": vars(args), "classes": train_set.classes,
                 "epoch": step // steps_per_epoch, "state_dict": model.state_dict(), "optimizer": optimizer.state_dict(),
-                "step": step, "rows": rows, "best": best, "sums": sums, "device": device.type}
+                "step": step, "rows": rows, "best": best, "sums": sums, "on": [device.type, world]}
 
+    if rank == 0:
+        checkpoints.write_atomically(out_dir / "args.json", json.dumps(vars(args), indent=2).encode())
     read_every = 50 if device.type == "cuda" else 1  # reading a number off a GPU waits for it
     bar = tqdm(total=total_steps * args.batch_size, initial=first_step * args.batch_size, unit="img", unit_scale=True,
-               dynamic_ncols=True, mininterval=1.0)
+               dynamic_ncols=True, mininterval=1.0, disable=rank > 0)
     saved = epoch_start = time.perf_counter()
     epoch_first_step = first_step
 
@@ -269,53 +297,52 @@ def train(args, state, train_set, val_set, device, stop=()):
             order = data.batches(len(train_set.labels), args.batch_size, args.seed, epoch).to(device)
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(args, epoch + 1, step / total_steps)
-        rng = data.step_generator(device, args.seed, step)
+        rng = data.step_generator(device, args.seed, step)  # it draws for all processes; each takes its part
         x, y = data.augment(train_set.images[order[i]], rng), train_set.labels[order[i]]
+        start = attacks.start_perturbation(args.random_start, x, float(Fraction(args.epsilon)), rng)
+        x, y, start = x[mine], y[mine], start[mine]
 
-        x_adv = None
-        if args.defense != "standard":
-            x_adv = inner_maximisation(model, plain, forward, x, y, rng, args)
-            if i % SHARES_EVERY == 0:
-                with models.frozen(model):
-                    sums[3:] += shares(plain, x, x_adv, y, args.spat_alpha or 0.0)
-        loss, logits_nat, logits_adv = outer_minimisation(model, forward, optimizer, x, x_adv, y, args)
+        x_adv = inner_maximisation(model, plain, forward, x, y, start, args) if adversarial else None
+        loss, logits_nat, logits_adv = outer_minimisation(both, optimizer, x, x_adv, y, args)
+        cli.broadcast_buffers(model)
 
-        sums[0] += loss
-        for k, logits in enumerate((logits_nat, logits_adv), start=1):
-            if logits is not None:
-                sums[k] += (logits.argmax(1) == y).float().mean()
+        alpha = (args.spat_alpha or 0.0) if adversarial and i % SHARES_EVERY == 0 else None
+        sums += cli.sum_over_processes(tally(model, plain, x, x_adv, y, loss, logits_nat, logits_adv, alpha))
         bar.update(args.batch_size)
-        last_of_epoch = i == steps_per_epoch - 1
-        save_now = last_of_epoch or stop or time.perf_counter() - saved > 60 * args.save_minutes
-        if save_now or step % read_every == 0:
-            mean_loss, _, robust = (sums[:3] / (i + 1)).tolist()
+        last_of_epoch, stop_now, save_now = i == steps_per_epoch - 1, False, False
+        if last_of_epoch or step % read_every == 0:
+            stop_now, save_now = cli.any_process(stop, time.perf_counter() - saved > 60 * args.save_minutes)
+            mean_loss, _, robust = (sums[:3] / (i + 1) / world).tolist()
             if not math.isfinite(mean_loss):
                 raise FloatingPointError(f"the loss is {mean_loss} by step {step + 1} of epoch {epoch + 1}, "
                                          f"lr {group['lr']:g}")
             bar.set_description(f"epoch {epoch + 1}/{args.epochs}", refresh=False)
-            robust = "" if x_adv is None else f", robust {robust:.1%}"
+            robust = f", robust {robust:.1%}" if adversarial else ""
             bar.set_postfix_str(f"loss {mean_loss:.3f}{robust}", refresh=False)
 
         if last_of_epoch:
             seconds = time.perf_counter() - epoch_start
-            row = rundir.epoch_row(args, epoch + 1, group["lr"], sums.tolist(), steps_per_epoch)
+            row = rundir.epoch_row(args, epoch + 1, group["lr"], sums.tolist(), steps_per_epoch * world)
             row |= validate(model, forward, val_set, args) | {"seconds": seconds}
             row["images_per_s"] = (step + 1 - epoch_first_step) * args.batch_size / seconds
             rows.append(row)
             sums.zero_()
-            score = row["val_natural_accuracy" if args.defense == "standard" else "val_robust_accuracy"]
+            score = row["val_robust_accuracy" if adversarial else "val_natural_accuracy"]
             if score is not None and score > best:
                 best = score
-                checkpoints.save(checkpoint(step + 1) | {"optimizer": None}, out_dir / "best.pt")
-            rundir.write_log(out_dir, rows)
-            bar.write(rundir.summary(row))
-            if args.defense != "standard" and rundir.at_chance(rows, args.epochs, len(train_set.classes)):
-                bar.write("warning: the robust accuracy has been at chance for three epochs: is the rate too high?")
+                if rank == 0:
+                    checkpoints.save(checkpoint(step + 1) | {"optimizer": None}, out_dir / "best.pt")
+            if rank == 0:
+                rundir.write_log(out_dir, rows)
+                bar.write(rundir.summary(row))
+                if adversarial and rundir.at_chance(rows, args.epochs, len(train_set.classes)):
+                    bar.write("warning: the robust accuracy has been at chance for three epochs: is the rate too high?")
             epoch_start, epoch_first_step = time.perf_counter(), step + 1
-        if save_now:
-            rundir.save_run(checkpoint(step + 1), out_dir)
+        if last_of_epoch or stop_now or save_now:
+            if rank == 0:
+                rundir.save_run(checkpoint(step + 1), out_dir)
             saved = time.perf_counter()
-        if stop and step + 1 < total_steps:
+        if stop_now:
             break
     bar.close()
     return step + 1 == total_steps
@@ -323,27 +350,33 @@ def train(args, state, train_set, val_set, device, stop=()):
 
 def main(argv=None):
     parser, typed = parse_args(argv)
-    try:
-        args, state = new_or_resumed(typed)
-        device = cli.pick_device(args.device)
-        dataset = data.load(args.dataset, args.data_dir, train=True)
-        train_set, val_set = data.split(dataset, args.val_size, args.limit_train)
-        out_dir = pathlib.Path(args.out_dir)
-        out_dir.mkdir(parents=True, exist_ok=True)
-    except (ValueError, OSError) as error:
-        parser.error(error)
-    print(f"{args.dataset}: training on {len(train_set.labels)} images, {len(val_set.labels)} held out; {args.out_dir}")
-    try:
-        with rundir.run_lock(out_dir), rundir.deferred_signals() as stop:
+    with contextlib.ExitStack() as stack:
+        try:
+            args, state = new_or_resumed(typed)
+            device, rank, world = stack.enter_context(cli.join_job(args.device))
+            if args.batch_size % world:
+                raise ValueError(f"--batch-size {args.batch_size} cannot be split evenly over {world} processes")
+            dataset = data.load(args.dataset, args.data_dir, train=True)
+            train_set, val_set = data.split(dataset, args.val_size, args.limit_train)
+            cli.any_process()  # all have looked at the directory before one writes into it
+            out_dir = pathlib.Path(args.out_dir)
+            if rank == 0:
+                out_dir.mkdir(parents=True, exist_ok=True)
+                stack.enter_context(rundir.run_lock(out_dir))
+                print(f"{args.dataset}: {len(train_set.labels)} images to train on, {len(val_set.labels)} held out")
+        except (ValueError, OSError) as error:
+            parser.error(error)
+        stop = stack.enter_context(rundir.deferred_signals())
+        try:
             complete = train(args, state, train_set.to(device), val_set.to(device), device, stop)
-    except ValueError as error:
-        parser.error(error)
-    except (FloatingPointError, OSError) as error:
-        sys.exit(f"{parser.prog}: {error}; the last good checkpoint, if there is one, is {out_dir / 'last.pt'}")
-    if not complete:
-        print(f"stopped and saved; go on with\npython train_cifar.py --resume --out-dir {shlex.quote(args.out_dir)}")
-        sys.exit(128 + stop[0])
-    print(f"python eval_attacks.py --model-path {out_dir / ('best.pt' if args.val_size else 'last.pt')}")
+        except (FloatingPointError, OSError) as error:
+            sys.exit(f"{parser.prog}: {error}; the last good checkpoint, if there is one, is {out_dir / 'last.pt'}")
+        if rank == 0 and complete:
+            print(f"python eval_attacks.py --model-path {out_dir / ('best.pt' if args.val_size else 'last.pt')}")
+        elif rank == 0:
+            print("stopped and saved; go on with\npython train_cifar.py --resume --out-dir", shlex.quote(args.out_dir))
+        if not complete:
+            sys.exit(128 + (stop[0] if stop else signal.SIGTERM))
 
 
 if __name__ == "__main__":

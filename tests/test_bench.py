@@ -33,7 +33,7 @@ def test_both_sides_move_the_weights_alike(defense, monkeypatch, request):
         return built[-1]
 
     monkeypatch.setattr(models, "build_model", remember)
-    for side in (bench.textbook(args), bench.ours(args, "fp32", "off")):
+    for side in (bench.textbook(args), bench.ours(args, "fp32", compiled=False)):
         side["training step"]()
     textbook, ours = ([p.detach().flatten() for p in model.parameters()] for model in built)
     torch.manual_seed(0)

@@ -23,10 +23,11 @@ def test_bf16_forward_returns_nearly_the_same_logits():
     assert 0 < (half - full).abs().max() < 0.05 * full.abs().max()
 
 
-def test_compile_auto_is_off_for_a_short_run_and_says_why():
+def test_compile_auto_is_on_for_a_long_run_only_and_says_why():
     model, x = models.build_model("wrn-10-1"), torch.rand(2, 3, 32, 32)
-    forward, chosen, why = cli.pick_compiled("auto", model, "fp32", x, passes=3)
-    assert chosen == "off" and "minutes" in why and forward(x).shape == (2, 10)
+    for passes, expected in ((3, "off"), (10**6, "on")):
+        chosen, why = cli.pick_compile("auto", model, model, x, passes)
+        assert chosen == expected and "minutes" in why
     assert model.training and all(p.requires_grad for p in model.parameters())
 
 
@@ -38,8 +39,8 @@ def test_a_compiler_that_fails_leaves_the_eager_model(monkeypatch):
 
     monkeypatch.setattr(torch, "compile", broken)
     model, x = models.build_model("wrn-10-1"), torch.rand(2, 3, 32, 32)
-    forward, chosen, why = cli.pick_compiled("on", model, "fp32", x, passes=3)
-    assert chosen == "off" and "RuntimeError" in why
+    forward, why = cli.compiled_pass(model, cli.forward_pass(model), x)
+    assert "failed (RuntimeError)" in why
     with torch.no_grad(), models.frozen(model):
         assert torch.equal(forward(x), model(x))
 
@@ -59,8 +60,10 @@ def test_the_fast_path_computes_what_the_plain_path_computes(compiled):
     plain.to(memory_format=torch.contiguous_format)
     x, y = torch.rand(16, 3, 32, 32), torch.randint(10, (16,))
     start = attacks.start_perturbation("uniform", x, 8 / 255)
-    forward, chosen, why = cli.pick_compiled(compiled, fast, "fp32", x, passes=1)
-    assert chosen == compiled, why
+    forward = cli.forward_pass(fast)
+    if compiled == "on":
+        forward, why = cli.compiled_pass(fast, forward, x)
+        assert "to compile" in why
     settings = dict(epsilon=8 / 255, step_size=2 / 255, num_steps=10, random_start=start)
     with models.frozen(plain), models.frozen(fast):
         expected = attacks.pgd(plain, x, y, losses.cross_entropy, **settings)

@@ -304,14 +304,22 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, monkeypatch):
     assert "step" in message and "lr" in message and "last.pt" in message
 
 
-def test_shares_are_counted_per_example():
+def test_the_tally_counts_per_example():
     """Four examples of two classes: p_y(x) and p_y(x_adv) set by hand."""
-    p_nat, p_adv = torch.tensor([0.95, 0.6, 0.75, 0.2]), torch.tensor([0.5, 0.7, 0.75, 0.1])
+    p_nat, p_adv = torch.tensor([0.95, 0.6, 0.75, 0.2]), torch.tensor([0.45, 0.7, 0.75, 0.1])
     y = torch.tensor([0, 0, 0, 0])
-    def model(p):
-        return torch.stack([p.log(), (1 - p).log()], 1)
-    assert train_cifar.shares(model, p_nat, p_adv, y, alpha=0.3).tolist() == [2, 1, 4]
-    assert train_cifar.shares(model, p_nat, p_adv, y, alpha=0.0).tolist() == [0, 1, 4]
+
+    class Model(torch.nn.Module):
+        def forward(self, p):
+            return torch.stack([p.log(), (1 - p).log()], 1)
+
+    model, loss = Model(), torch.tensor(1.5)
+    batch = (p_nat, p_adv, y, loss, model(p_nat), model(p_adv))
+    assert train_cifar.tally(model, model, *batch, alpha=0.3).tolist() == [1.5, 0.75, 0.5, 2, 1, 4]
+    assert train_cifar.tally(model, model, *batch, alpha=0.0).tolist() == [1.5, 0.75, 0.5, 0, 1, 4]
+    assert train_cifar.tally(model, model, *batch, alpha=None).tolist() == [1.5, 0.75, 0.5, 0, 0, 0]
+    without = (p_nat, None, y, loss, model(p_nat), None)
+    assert train_cifar.tally(model, model, *without, alpha=None).tolist() == [1.5, 0.75, 0, 0, 0, 0]
 
 
 @pytest.mark.slow

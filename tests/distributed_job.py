@@ -1,0 +1,54 @@
+"""What tests/test_distributed.py starts under torchrun: train_cifar.py, observed from every process.
+
+    python -m torch.distributed.run --nproc-per-node=2 distributed_job.py MODE FOLDER FLAG ...
+
+MODE: "observe" saves each process's weights and buffers after every epoch into FOLDER; "norm-free" does so for a net
+without batch norm; "die" kills process 1 in its fourth step.
+"""
+
+import os
+import pathlib
+import signal
+import sys
+
+import torch
+import torch.nn as nn
+
+sys.path.insert(0, str(pathlib.Path(__file__).parent.parent))
+
+import cli  # noqa: E402
+import data  # noqa: E402
+import models  # noqa: E402
+import train_cifar  # noqa: E402
+
+
+def norm_free(name, num_classes):
+    return nn.Sequential(nn.Conv2d(3, 8, 5, stride=4), nn.Tanh(), nn.Flatten(), nn.Linear(392, num_classes))
+
+
+def main(mode, folder, *argv):
+    torch.set_num_threads(1)
+    validate, augment, steps = train_cifar.validate, data.augment, []
+
+    def observed(model, *args):
+        rank, _ = cli.rank_and_world()
+        epoch = len(list(pathlib.Path(folder).glob(f"rank{rank}-*.pt")))
+        torch.save(model.state_dict(), f"{folder}/rank{rank}-{epoch}.pt")
+        return validate(model, *args)
+
+    def deadly(*args):
+        steps.append(1)
+        if len(steps) == 4 and cli.rank_and_world()[0] == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return augment(*args)
+
+    train_cifar.validate = observed
+    if mode == "norm-free":
+        models.build_model = norm_free
+    if mode == "die":
+        data.augment = deadly
+    train_cifar.main(list(argv))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

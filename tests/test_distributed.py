@@ -1,0 +1,66 @@
+"""Two processes on two CPU cores (gloo): what torchrun does with nccl on GPUs."""
+
+import os
+import pathlib
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from test_train import TINY, without_times
+
+import checkpoints
+
+JOB = pathlib.Path(__file__).parent / "distributed_job.py"
+RUN = ["--defense", "mart", "--spat-alpha", "0.3", *TINY]
+
+
+def job(processes, *arguments):
+    """Run it to its end -> (exit status, what it printed)."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"] if processes > 1 else []
+    done = subprocess.run([sys.executable, *launcher, JOB, *map(str, arguments)], capture_output=True, text=True,
+                          timeout=180, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    return done.returncode, done.stdout + done.stderr
+
+
+def test_weights_and_buffers_are_equal_on_all_processes(tmp_path):
+    status, output = job(2, "observe", tmp_path, *RUN, "--out-dir", tmp_path / "run")
+    assert status == 0, output
+    assert output.count("eval_attacks.py --model-path") == 1 and output.count("images to train on") == 1
+    for epoch in (0, 1):
+        a, b = (torch.load(tmp_path / f"rank{rank}-{epoch}.pt", weights_only=True) for rank in (0, 1))
+        assert all(torch.equal(a[key], b[key]) for key in a)
+        assert any("running_var" in key for key in a)
+    last = checkpoints.load(tmp_path / "run/last.pt")
+    assert last["epoch"] == 2 and last["on"] == ["cpu", 2]
+
+
+def test_without_batch_norm_two_processes_equal_one(tmp_path):
+    for processes in (1, 2):
+        (tmp_path / str(processes)).mkdir()
+        status, output = job(processes, "norm-free", tmp_path / str(processes), *RUN, "--out-dir",
+                             tmp_path / f"run{processes}")
+        assert status == 0, output
+    one, two = (torch.load(tmp_path / f"{n}/rank0-1.pt", weights_only=True) for n in (1, 2))
+    for key in one:
+        torch.testing.assert_close(two[key], one[key], rtol=0, atol=1e-5)
+    for row, other in zip(*(without_times(tmp_path / f"run{n}/log.csv") for n in (1, 2)), strict=True):
+        assert {k: float(v) for k, v in row.items()} == pytest.approx({k: float(v) for k, v in other.items()}, abs=1e-4)
+
+
+def test_a_process_that_dies_ends_the_job_and_it_resumes(tmp_path):
+    argv = ["--save-minutes", "0", "--out-dir", tmp_path / "run"]
+    start = time.time()
+    status, output = job(2, "die", tmp_path, *RUN, *argv)
+    assert status != 0 and time.time() - start < 120
+    assert checkpoints.load(tmp_path / "run/last.pt")["step"] == 3
+    status, output = job(1, "observe", tmp_path, "--resume", *argv)
+    assert status == 0 and "no longer equal to the bit" in output, output
+    assert checkpoints.load(tmp_path / "run/last.pt")["epoch"] == 2
+
+
+def test_a_batch_that_does_not_divide_is_refused(tmp_path):
+    status, output = job(2, "observe", tmp_path, *RUN, "--batch-size", "15", "--out-dir", tmp_path / "run")
+    assert status != 0 and "cannot be split evenly over 2 processes" in output
+    assert not (tmp_path / "run").exists()
