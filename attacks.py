@@ -73,22 +73,27 @@ def fgsm(model, x, y, *, epsilon):
     return pgd(model, x, y, _cross_entropy, epsilon=epsilon, step_size=epsilon, num_steps=1, random_start="none")
 
 
-def attacked_logits(model, images, labels, attack=None, batch_size=256, progress=lambda done: None):
-    """The model's float32 logits (N, K), on the CPU, for attacked images: what every accuracy is counted from.
+def attacked_logits(model, images, labels, attack=None, batch_size=256, progress=lambda n: None, rank=0, world=1):
+    """The model's float32 logits (N, K) for attacked images: what every accuracy is counted from.
 
     images: (N, C, H, W) uint8, labels: (N,), both on one device. attack(x, y, indices) -> x_adv, indices being the
     images' positions; None for the natural images. model scores the final images: give it in float32 and frozen,
-    whatever crafts inside `attack`. Every batch has the same size (the last is filled up with images that are not
+    whatever crafts inside `attack`. Of `world` processes each takes every world-th image and leaves the rows of the
+    others zero: their sum is the result. All batches have one size (the last is filled up with images that are not
     counted), so that compiled code is not compiled twice. progress(n) is called after every n images.
     """
-    n, logits = len(images), []
-    batch_size = min(batch_size, n)
-    for first in range(0, n, batch_size):
-        indices = torch.arange(first, first + batch_size, device=images.device) % n
-        x = images[indices].float().div(255).contiguous(memory_format=torch.channels_last)
+    n, logits = len(images), None
+    batch_size = min(batch_size, -(-n // world))
+    batches = -(-len(range(rank, n, world)) // batch_size)
+    positions = torch.arange(rank, rank + max(batches, 1) * batch_size * world, world, device=images.device)
+    for chunk in positions.split(batch_size):
+        indices, counted = chunk % n, chunk < n
+        x = images[indices].to(torch.float32, memory_format=torch.channels_last).div_(255)
         if attack is not None:
             x = attack(x, labels[indices], indices)
         with torch.no_grad():
-            logits.append(model(x).float().cpu())
-        progress(min(batch_size, n - first))
-    return torch.cat(logits)[:n]
+            out = model(x).float()
+        logits = out.new_zeros(n, out.shape[1]) if logits is None else logits
+        logits[indices[counted]] = out[counted]
+        progress(int(counted.sum()))
+    return logits

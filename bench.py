@@ -303,8 +303,7 @@ def table(result):
 
 def main(argv=None):
     args = parse_args(argv)
-    args.device_used = args.torch_device
-    result = {"device": device_name(args), "torch": torch.__version__, "scaling": args.scaling,
+    result = {"device": device_name(args.torch_device), "torch": torch.__version__, "scaling": args.scaling,
               "command": " ".join(["python", "bench.py", *(sys.argv[1:] if argv is None else argv)]),
               "settings": {k: v for k, v in vars(args).items() if isinstance(v, str | int)}}
     result |= scaling(args) if args.scaling else compare(args)

@@ -6,6 +6,7 @@ A model file says what it is, so its path is enough. The attacks may craft in bf
 float32 on the final images.
 """
 
+import contextlib
 import functools
 import json
 import pathlib
@@ -159,64 +160,70 @@ def describe(info, dataset):
         "epochs": info.get("epoch"), "seed": args.get("seed"), "args": args}
 
 
-def evaluate(model, test, args, result):
+def evaluate(model, test, args, result, device):
     """Run the attacks of args on the test images and append their outcomes to result["attacks"]."""
-    todo = attack_list(args)
-    model = model.to(args.device_used)
-    test = test.to(args.device_used)
-    args.precision, why = cli.pick_precision(args.precision, args.device_used)
-    result["precision"] = args.precision
-    passes = sum(params.get("num_steps", 1) for _, params in todo) * -(-len(test.labels) // args.batch_size)
-    x = data.to_float(test.images[torch.arange(args.batch_size) % len(test.labels)])
+    todo, (rank, world) = attack_list(args), cli.rank_and_world()
+    model, test = model.to(device), test.to(device)
+    batch_size = min(args.batch_size, -(-len(test.labels) // world))
+    x = data.to_float(test.images[:batch_size])
+    args.precision, why = cli.agreed(cli.pick_precision(args.precision, device))
     forward = cli.forward_pass(model, args.precision)
-    args.compile, why_compile = cli.pick_compile(args.compile, model, forward, x, passes)
+    passes = sum(params.get("num_steps", 1) for _, params in todo) * len(test.labels) / batch_size / world
+    args.compile, why_compile = cli.agreed(cli.pick_compile(args.compile, model, forward, x, passes))
     if args.compile == "on":
         forward, why_compile = cli.compiled_pass(model, forward, x)
-    print(f"precision {args.precision}: {why}; compile {args.compile}: {why_compile}")
+    if rank == 0:
+        print(f"precision {args.precision}: {why}\ncompile {args.compile}: {why_compile}")
+    result |= {"precision": args.precision, "compile": args.compile}
     cost = [1 + params.get("num_steps", 0) for _, params in todo]
-    with models.frozen(model), tqdm(total=sum(cost) * len(test.labels), unit="pass", unit_scale=True,
-                                    dynamic_ncols=True) as bar:
+    with models.frozen(model), tqdm(total=sum(cost) * -(-len(test.labels) // world), unit="pass", unit_scale=True,
+                                    dynamic_ncols=True, disable=rank > 0) as bar:
         for (name, params), weight in zip(todo, cost, strict=True):
             bar.set_description(name)
             start = time.perf_counter()
-            logits = attacks.attacked_logits(model, test.images, test.labels, make_attack(forward, params),
-                                             args.batch_size, lambda n, weight=weight: bar.update(n * weight))
-            correct = logits.argmax(1) == test.labels.cpu()
+            logits = cli.sum_over_processes(attacks.attacked_logits(
+                model, test.images, test.labels, make_attack(forward, params), batch_size,
+                lambda n, weight=weight: bar.update(n * weight), rank, world))
+            correct = (logits.argmax(1) == test.labels).cpu()
             result["attacks"].append(outcome(name, params, correct, time.perf_counter() - start))
-            if args.json:
+            if args.json and rank == 0:
                 checkpoints.write_atomically(args.json, json.dumps(result, indent=1).encode())
 
 
 def main(argv=None):
     parser, args = parse_args(argv)
-    try:
-        args.device_used = cli.pick_device(args.device)
-        model, info = checkpoints.load_model(args.model_path, arch=args.arch)
-        trained_on = info.get("args", {}).get("dataset") or {100: "cifar100"}.get(info["num_classes"], "cifar10")
-        dataset = args.dataset or trained_on
-        test = data.load(dataset, args.data_dir, train=False)
-        if len(test.classes) != info["num_classes"]:
-            raise ValueError(f"{args.model_path} has {info['num_classes']} classes, {dataset} has {len(test.classes)}")
-        if args.num_images and args.num_images > len(test.labels):
-            raise ValueError(f"--num-images {args.num_images}: {dataset} has {len(test.labels)} test images")
-    except (ValueError, OSError) as error:
-        parser.error(error)
-    args.epsilon = args.epsilon or data.EPSILON.get(dataset, "8/255")
-    test = test.subset(slice(args.num_images))
-    result = {
-        "model": describe(info, dataset), "n": len(test.labels), "epsilon": args.epsilon, "device": device_name(args),
-        "precision": args.precision, "batch_size": args.batch_size,
-        "versions": {"python": platform.python_version(), "torch": torch.__version__},
-        "command": shlex.join(["python", "eval_attacks.py", *(sys.argv[1:] if argv is None else argv)]), "attacks": [],
-    }
-    evaluate(model, test, args, result)
-    print(table(result))
-    return result
+    with contextlib.ExitStack() as stack:
+        try:
+            device, rank, _ = stack.enter_context(cli.join_job(args.device))
+            model, info = checkpoints.load_model(args.model_path, arch=args.arch)
+            trained_on = info["args"]["dataset"] if "args" in info else None
+            dataset = args.dataset or trained_on or {100: "cifar100"}.get(info["num_classes"], "cifar10")
+            test = data.load(dataset, args.data_dir, train=False)
+            if len(test.classes) != info["num_classes"]:
+                raise ValueError(
+                    f"{args.model_path} has {info['num_classes']} classes, {dataset} has {len(test.classes)}")
+            if args.num_images and args.num_images > len(test.labels):
+                raise ValueError(f"--num-images {args.num_images}: {dataset} has {len(test.labels)} test images")
+        except (ValueError, OSError) as error:
+            parser.error(error)
+        args.epsilon = args.epsilon or data.EPSILON.get(dataset, "8/255")
+        test = test.subset(slice(args.num_images))
+        result = {
+            "model": describe(info, dataset), "n": len(test.labels), "epsilon": args.epsilon,
+            "device": device_name(device), "precision": args.precision, "batch_size": args.batch_size,
+            "versions": {"python": platform.python_version(), "torch": torch.__version__},
+            "command": shlex.join(["python", "eval_attacks.py", *(sys.argv[1:] if argv is None else argv)]),
+            "attacks": [],
+        }
+        evaluate(model, test, args, result, device)
+        if rank == 0:
+            print(table(result))
+        return result
 
 
-def device_name(args):
+def device_name(device):
     """"NVIDIA H100 80GB HBM3", or the CPU's model and the number of threads."""
-    if args.device_used.type == "cuda":
+    if device.type == "cuda":
         return torch.cuda.get_device_name()
     try:
         lines = pathlib.Path("/proc/cpuinfo").read_text().splitlines()

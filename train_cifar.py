@@ -175,9 +175,12 @@ def validate(model, forward, val, args):
         return row
     with models.frozen(model):
         for name, attack in (("natural", None), ("robust", pgd20)):
-            logits = attacks.attacked_logits(model, val.images, val.labels, attack, args.batch_size)
-            row[f"val_{name}_accuracy"] = (logits.argmax(1) == val.labels.cpu()).float().mean().item()
-            row[f"val_{name}_loss"] = losses.cross_entropy(logits, val.labels.cpu()).mean().item()
+            rank, world = cli.rank_and_world()
+            batch_size = args.batch_size // world  # the training step's, for which the model is compiled
+            logits = cli.sum_over_processes(attacks.attacked_logits(
+                model, val.images, val.labels, attack, batch_size, rank=rank, world=world))
+            row[f"val_{name}_accuracy"] = (logits.argmax(1) == val.labels).float().mean().item()
+            row[f"val_{name}_loss"] = losses.cross_entropy(logits, val.labels).mean().item()
     return row
 
 

@@ -1,5 +1,6 @@
 """Two processes on two CPU cores (gloo): what torchrun does with nccl on GPUs."""
 
+import json
 import os
 import pathlib
 import subprocess
@@ -64,3 +65,19 @@ def test_a_batch_that_does_not_divide_is_refused(tmp_path):
     status, output = job(2, "observe", tmp_path, *RUN, "--batch-size", "15", "--out-dir", tmp_path / "run")
     assert status != 0 and "cannot be split evenly over 2 processes" in output
     assert not (tmp_path / "run").exists()
+
+
+def test_evaluation_by_two_processes_counts_the_same(tmp_path):
+    """37 images over two processes, with an odd batch size: the same outcome for every image."""
+    status, output = job(1, "observe", tmp_path, *RUN, "--epochs", "1", "--out-dir", tmp_path / "run")
+    assert status == 0, output
+    argv = ["--model-path", tmp_path / "run/best.pt", "--num-images", "37", "--num-steps", "3", "--cw-steps", "2",
+            "--precision", "fp32", "--batch-size", "7"]
+    results = []
+    for processes in (1, 2):
+        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"] if processes == 2 else []
+        json_path = tmp_path / f"{processes}.json"
+        subprocess.run([sys.executable, *launcher, JOB.parent.parent / "eval_attacks.py", *argv, "--json", json_path],
+                       check=True, capture_output=True, timeout=180, env=os.environ | {"OMP_NUM_THREADS": "1"})
+        results.append([(row["name"], row["correct_mask"]) for row in json.loads(json_path.read_text())["attacks"]])
+    assert results[0] == results[1] and len(results[0]) == 4
