@@ -138,6 +138,19 @@ def compiled_pass(model, eager, x):
     return compiled, f"the attack's graph took {time.perf_counter() - start:.0f} s to compile"
 
 
+def pick_forward(args, model, x, passes):
+    """(eager, fast) callables x -> logits of the model, by args.precision and args.compile. What auto comes to goes
+    into args, the same on all processes, and onto the screen. passes: how many, over batches like x, are to come."""
+    args.precision, why = agreed(pick_precision(args.precision, x.device))
+    eager = forward = forward_pass(model, args.precision)
+    args.compile, why_compile = agreed(pick_compile(args.compile, model, eager, x, passes))
+    if args.compile == "on":
+        forward, why_compile = compiled_pass(model, eager, x)
+    if rank_and_world()[0] == 0:
+        print(f"precision {args.precision}: {why}\ncompile {args.compile}: {why_compile}")
+    return eager, forward
+
+
 # Several processes, started by torchrun. With one, these do nothing. --------------------------------------------------
 
 

@@ -166,14 +166,8 @@ def evaluate(model, test, args, result, device):
     model, test = model.to(device), test.to(device)
     batch_size = min(args.batch_size, -(-len(test.labels) // world))
     x = data.to_float(test.images[:batch_size])
-    args.precision, why = cli.agreed(cli.pick_precision(args.precision, device))
-    forward = cli.forward_pass(model, args.precision)
     passes = sum(params.get("num_steps", 1) for _, params in todo) * len(test.labels) / batch_size / world
-    args.compile, why_compile = cli.agreed(cli.pick_compile(args.compile, model, forward, x, passes))
-    if args.compile == "on":
-        forward, why_compile = cli.compiled_pass(model, forward, x)
-    if rank == 0:
-        print(f"precision {args.precision}: {why}\ncompile {args.compile}: {why_compile}")
+    _, forward = cli.pick_forward(args, model, x, passes)
     result |= {"precision": args.precision, "compile": args.compile}
     cost = [1 + params.get("num_steps", 0) for _, params in todo]
     with models.frozen(model), tqdm(total=sum(cost) * -(-len(test.labels) // world), unit="pass", unit_scale=True,

@@ -116,16 +116,16 @@ def epoch_row(args, epoch, lr, sums, steps):
     return row
 
 
-def summary(row):
-    """The line on the screen at the end of an epoch."""
+def summary(rows, warm_up, num_classes):
+    """The lines on the screen at the end of an epoch. warm_up: after which epoch a robust accuracy that stays at
+    guessing is worth a warning; False for never."""
+    row = rows[-1]
     parts = [f"epoch {row['epoch']}", f"lr {row['lr']:.4g}", f"loss {row['train_loss']:.4f}"]
     for name in ("natural", "robust"):
         if row[f"val_{name}_accuracy"] is not None:
             parts.append(f"val {name} {row[f'val_{name}_accuracy']:.2%}")
-    return "  ".join(parts + [f"{row['images_per_s']:.0f} img/s"])
-
-
-def at_chance(rows, epochs, num_classes):
-    """Whether PGD-20 on held-out images stayed at guessing for three epochs, after the first third of the run."""
-    late = [row["val_robust_accuracy"] for row in rows[-3:] if row["epoch"] > epochs / 3]
-    return len(late) == 3 and None not in late and max(late) <= 1.05 / num_classes
+    line = "  ".join(parts + [f"{row['images_per_s']:.0f} img/s"])
+    late = [row["val_robust_accuracy"] for row in rows[-3:] if row["epoch"] > warm_up]
+    if warm_up is not False and len(late) == 3 and None not in late and max(late) <= 1.05 / num_classes:
+        line += "\nwarning: the robust accuracy has been at chance for three epochs: is the learning rate too high?"
+    return line

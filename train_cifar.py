@@ -29,12 +29,8 @@ import losses
 import models
 import rundir
 
-OUTER = {
-    "standard": losses.standard_loss,
-    "madry": losses.madry_loss,
-    "trades": losses.trades_loss,
-    "mart": losses.mart_loss,
-}
+OUTER = {"standard": losses.standard_loss, "madry": losses.madry_loss,
+         "trades": losses.trades_loss, "mart": losses.mart_loss}
 INNER = {"madry": losses.cross_entropy, "trades": losses.kl_divergence, "mart": losses.cross_entropy}
 
 # (data set, defense), None for any: a later line wins, a flag wins over all. The first lines are the paper's
@@ -102,20 +98,20 @@ def with_defaults(typed):
             args |= defaults
     args = Namespace(**args | typed)
     models.parse_arch(args.arch)
-    if args.defense == "standard" and "spat_alpha" in typed:
-        raise ValueError("--spat-alpha: standard training has no attack to change")
-    if args.defense in ("standard", "madry") and "beta" in typed:
-        raise ValueError(f"--beta: {args.defense} has no KL term")
-    if args.defense == "trades" and args.spat_alpha is None and args.random_start == "none":
-        raise ValueError("--random-start none: KL(p(x) || p(x)) is 0 with gradient 0, the attack would not move")
-    if args.lr_schedule != "step" and "lr_milestones" in typed:
-        raise ValueError(f"--lr-milestones: --lr-schedule {args.lr_schedule} has none")
-    if args.nesterov and args.momentum == 0:
-        raise ValueError("--nesterov needs a --momentum above 0")
+    first, second = typed.get("lr_milestones", (0, 0))
+    for wrong, why in (
+        (args.defense == "standard" and "spat_alpha" in typed, "--spat-alpha: standard training has no attack"),
+        (args.defense in ("standard", "madry") and "beta" in typed, f"--beta: {args.defense} has no KL term"),
+        (args.defense == "trades" and args.spat_alpha is None and args.random_start == "none",
+         "--random-start none: KL(p(x) || p(x)) is 0 with gradient 0, the attack would not move"),
+        (args.lr_schedule != "step" and first, f"--lr-milestones: --lr-schedule {args.lr_schedule} has none"),
+        (first > second, f"--lr-milestones {first} {second} are out of order"),
+        (args.nesterov and args.momentum == 0, "--nesterov needs a --momentum above 0"),
+    ):
+        if wrong:
+            raise ValueError(why)
     if "lr_milestones" not in typed:
         args.lr_milestones = [math.ceil(args.epochs * 75 / 90), args.epochs]
-    elif args.lr_milestones[0] > args.lr_milestones[1]:
-        raise ValueError(f"--lr-milestones {args.lr_milestones[0]} {args.lr_milestones[1]} are out of order")
     if "step_size" not in typed:
         args.step_size = str(Fraction(args.epsilon) / 4)
     if "out_dir" not in typed:
@@ -169,14 +165,11 @@ def validate(model, forward, val, args):
         return attacks.pgd(forward, x, y, losses.cross_entropy, epsilon=epsilon, step_size=epsilon / 10, num_steps=20,
                            random_start=start)
 
-    names = [f"val_{kind}_{what}" for kind in ("natural", "robust") for what in ("accuracy", "loss")]
-    row = dict.fromkeys(names)
-    if not len(val.labels):
-        return row
+    row = dict.fromkeys(f"val_{name}_{what}" for name in ("natural", "robust") for what in ("accuracy", "loss"))
+    rank, world = cli.rank_and_world()
+    batch_size = args.batch_size // world  # the training step's, for which the model is compiled
     with models.frozen(model):
-        for name, attack in (("natural", None), ("robust", pgd20)):
-            rank, world = cli.rank_and_world()
-            batch_size = args.batch_size // world  # the training step's, for which the model is compiled
+        for name, attack in (("natural", None), ("robust", pgd20)) if len(val.labels) else ():
             logits = cli.sum_over_processes(attacks.attacked_logits(
                 model, val.images, val.labels, attack, batch_size, rank=rank, world=world))
             row[f"val_{name}_accuracy"] = (logits.argmax(1) == val.labels).float().mean().item()
@@ -185,8 +178,8 @@ def validate(model, forward, val, args):
 
 
 def build_optimizer(model, args):
-    return torch.optim.SGD(model.parameters(), lr=args.lr, momentum=args.momentum, nesterov=args.nesterov,
-                           weight_decay=args.weight_decay, fused=True)
+    return torch.optim.SGD(model.parameters(), args.lr, args.momentum, weight_decay=args.weight_decay,
+                           nesterov=args.nesterov, fused=True)
 
 
 class BothPasses(torch.nn.Module):
@@ -243,20 +236,6 @@ def tally(model, plain, x, x_adv, y, loss, logits_nat, logits_adv, alpha):
     return counts
 
 
-def pick_forward(args, model, x, passes):
-    """(eager, fast) callables x -> logits of the model, by --precision and --compile; what auto comes to goes into
-    args and onto the screen. passes: how many forward-backward passes over batches like x the run will make."""
-    (args.precision, why), rank = cli.agreed(cli.pick_precision(args.precision, x.device)), cli.rank_and_world()[0]
-    plain = cli.forward_pass(model, args.precision)
-    args.compile, why_compile = cli.agreed(cli.pick_compile(args.compile, model, plain, x, passes))
-    forward = plain
-    if args.compile == "on":
-        forward, why_compile = cli.compiled_pass(model, plain, x)
-    if rank == 0:
-        print(f"precision {args.precision}: {why}\ncompile {args.compile}: {why_compile}")
-    return plain, forward
-
-
 def train(args, state, train_set, val_set, device, stop=()):
     """The run from its first step, or from the checkpoint `state`, to its end or to the step in which `stop` fills.
     Rank 0 writes into args.out_dir. Returns whether the run is complete."""
@@ -276,7 +255,7 @@ def train(args, state, train_set, val_set, device, stop=()):
         if rank == 0 and state["on"] != [device.type, world]:
             print(f"resumed on {[device.type, world]}, was on {state['on']}: no longer equal to the bit")
     x = data.to_float(train_set.images[torch.arange(args.batch_size, device=device) % len(train_set.labels)][mine])
-    plain, forward = pick_forward(args, model, x, (total_steps - first_step) * (args.num_steps + 4))
+    plain, forward = cli.pick_forward(args, model, x, (total_steps - first_step) * (args.num_steps + 4))
     both = BothPasses(model, forward)
     if world > 1:
         both = torch.nn.parallel.DistributedDataParallel(both, broadcast_buffers=False)
@@ -331,15 +310,12 @@ def train(args, state, train_set, val_set, device, stop=()):
             rows.append(row)
             sums.zero_()
             score = row["val_robust_accuracy" if adversarial else "val_natural_accuracy"]
-            if score is not None and score > best:
-                best = score
-                if rank == 0:
-                    checkpoints.save(checkpoint(step + 1) | {"optimizer": None}, out_dir / "best.pt")
+            is_best, best = score is not None and score > best, max(best, -1 if score is None else score)
             if rank == 0:
+                if is_best:
+                    checkpoints.save(checkpoint(step + 1) | {"optimizer": None}, out_dir / "best.pt")
                 rundir.write_log(out_dir, rows)
-                bar.write(rundir.summary(row))
-                if adversarial and rundir.at_chance(rows, args.epochs, len(train_set.classes)):
-                    bar.write("warning: the robust accuracy has been at chance for three epochs: is the rate too high?")
+                bar.write(rundir.summary(rows, adversarial and args.epochs / 3, len(train_set.classes)))
             epoch_start, epoch_first_step = time.perf_counter(), step + 1
         if last_of_epoch or stop_now or save_now:
             if rank == 0:

@@ -286,14 +286,14 @@ def test_resume_falls_back_on_the_checkpoint_before(tmp_path, damage, capsys):
     assert all(torch.equal(value, end[key]) for key, value in checkpoints.load(last)["state_dict"].items())
 
 
-def test_robust_accuracy_at_chance_is_noticed():
-    def rows(*values):
-        return [{"epoch": i, "val_robust_accuracy": v} for i, v in enumerate(values, start=1)]
-
-    assert rundir.at_chance(rows(0.1, 0.1, 0.09, 0.1, 0.1, 0.1), 6, 10)
-    assert not rundir.at_chance(rows(0.1, 0.1, 0.09, 0.1), 9, 10)  # still warming up
-    assert not rundir.at_chance(rows(0.1, 0.1, 0.1, 0.1, 0.3, 0.1), 6, 10)
-    assert not rundir.at_chance(rows(None, None, None, None), 4, 10)
+@pytest.mark.parametrize("values, warm_up, warned", [
+    ((0.1, 0.1, 0.09, 0.1, 0.1, 0.1), 2, True), ((0.1, 0.1, 0.09, 0.1), 3, False), ((0.1,) * 4, False, False),
+    ((0.1, 0.1, 0.1, 0.1, 0.3, 0.1), 2, False), ((None,) * 6, 2, False),
+])
+def test_robust_accuracy_at_chance_is_warned_about(values, warm_up, warned):
+    rows = [{"epoch": i, "lr": 0.1, "train_loss": 2.0, "images_per_s": 50.0, "val_natural_accuracy": 0.2,
+             "val_robust_accuracy": value} for i, value in enumerate(values, start=1)]
+    assert ("at chance" in rundir.summary(rows, warm_up, 10)) == warned
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, monkeypatch):
