@@ -51,7 +51,7 @@ def parse_args(argv=None):
     add("--attacks", nargs="+", choices=ATTACKS, default=["natural", "fgsm", "pgd", "cw"], metavar="ATTACK",
         help=f"of {', '.join(ATTACKS)} (default: natural fgsm pgd cw, the columns of the paper's Table 3)")
     add("--alphas", nargs="+", type=cli.unit_float, metavar="A", help="values of α for pgd-ls, which needs them")
-    add("--epsilon", type=cli.ratio, help="radius of the L-inf ball (default: 8/255; digits: 0.1)")
+    add("--epsilon", type=cli.ratio, help="radius of the L-inf ball (default: 8/255; digits: 0.05)")
     add("--num-steps", type=cli.positive_int, default=20, help="of pgd, pgd-kl and pgd-ls (default: 20)")
     add("--cw-steps", type=cli.positive_int, default=30, help="of cw (default: 30)")
     add("--step-size", type=cli.ratio, help="of all but fgsm (default: epsilon / 10)")

@@ -96,6 +96,7 @@ def write_log(out_dir, rows):
                 label = name.replace("_accuracy", "").replace("_", " ")
                 ax.plot(epochs, [scale * v for v in values], style, label=label)
         ax.set(xlabel="epoch", ylabel=unit)
+        ax.xaxis.get_major_locator().set_params(integer=True)
         ax.grid(alpha=0.3)
         ax.legend(fontsize=8)
     image = io.BytesIO()

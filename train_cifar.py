@@ -45,7 +45,7 @@ DEFAULTS = (
     ("cifar100", "madry", dict(weight_decay=2e-4)),
     ("cifar100", "trades", dict(weight_decay=2e-4)),
     ("digits", None, dict(arch="wrn-10-1", epochs=12, batch_size=64, lr=0.2, lr_schedule="onecycle", val_size=100)),
-    ("digits", None, dict(weight_decay=5e-4, epsilon="0.1")),
+    ("digits", None, dict(weight_decay=5e-4, epsilon=data.EPSILON["digits"])),
 )
 FREE_ON_RESUME = ("resume", "out_dir", "data_dir", "device", "save_minutes")  # these do not alter the result
 SHARES_EVERY = 8  # steps: the two logged shares of examples cost forward passes of their own
@@ -76,7 +76,7 @@ def parse_args(argv=None):
     add("--nesterov", action="store_true", default=None, help="use Nesterov's momentum (default: off)")
     add("--weight-decay", type=cli.natural_float,
         help="(default: 7e-4; cifar100 with madry or trades: 2e-4; digits: 5e-4)")
-    add("--epsilon", type=cli.ratio, help="radius of the L-inf ball (default: 8/255; digits: 0.1)")
+    add("--epsilon", type=cli.ratio, help="radius of the L-inf ball (default: 8/255; digits: 0.05)")
     add("--step-size", type=cli.ratio, help="of the attack (default: epsilon / 4)")
     add("--num-steps", type=cli.positive_int, help="of the attack (default: 10)")
     add("--random-start", choices=attacks.RANDOM_STARTS, help="of the attack (default: gaussian)")

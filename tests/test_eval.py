@@ -90,7 +90,7 @@ def test_json_holds_what_the_reader_needs(model_path, tmp_path, capsys):
     assert result["command"] == " ".join(["python", "eval_attacks.py", *argv])
     rows = {row["name"]: row for row in result["attacks"]}
     assert list(rows) == ["Natural", "FGSM", "PGD-3", "CW-inf"]
-    assert rows["PGD-3"]["params"] == {"objective": "ce", "epsilon": "0.1", "step_size": "1/100", "num_steps": 3,
+    assert rows["PGD-3"]["params"] == {"objective": "ce", "epsilon": "0.05", "step_size": "1/200", "num_steps": 3,
                                        "random_start": "uniform", "seed": 0}
     assert rows["CW-inf"]["params"]["kappa"] == 50 and rows["CW-inf"]["params"]["num_steps"] == 4
     for row in rows.values():

@@ -196,10 +196,13 @@ def without_times(path):
             for row in csv.DictReader(open(path))]
 
 
-@pytest.mark.parametrize("stop_after", [1, 3, 4, 5])
-def test_a_stopped_run_goes_on_to_the_same_end(tmp_path, monkeypatch, stop_after):
+@pytest.mark.parametrize("stop_after, flags", [
+    (1, []), (3, []), (4, []), (5, []), (4, ["--precision", "bf16"]),
+    pytest.param(4, ["--compile", "on"], marks=pytest.mark.slow),
+])
+def test_a_stopped_run_goes_on_to_the_same_end(tmp_path, monkeypatch, stop_after, flags):
     """Stopped after any step and resumed: bit-identical weights and best.pt, the same log."""
-    argv = ["--defense", "mart", "--spat-alpha", "0.3", *TINY, "--save-minutes", "0"]
+    argv = ["--defense", "mart", "--spat-alpha", "0.3", *TINY, "--save-minutes", "0", *flags]
     train_cifar.main([*argv, "--out-dir", str(tmp_path / "whole")])
     real, calls = data.augment, []
 
