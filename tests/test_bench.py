@@ -16,7 +16,8 @@ SMALL = ["--arch", "wrn-10-1", "--batch-size", "8", "--eval-batch-size", "8", "-
 @pytest.mark.parametrize("defense", ["madry", "trades", "mart"])
 def test_both_sides_move_the_weights_alike(defense, monkeypatch, request):
     """Two training steps of the textbook and two of ours, from the same weights and the same random start; in float64,
-    and not to the bit even so, because the sign of a gradient near zero depends on the order of a sum."""
+    because in float32 the sign of a gradient near zero depends on the order of a sum, and on pixels away from 0 and 1,
+    because the published code does not clip the random start and this repository does."""
     previous = torch.get_default_dtype()
     torch.set_default_dtype(torch.float64)
     request.addfinalizer(lambda: torch.set_default_dtype(previous))
@@ -24,7 +25,8 @@ def test_both_sides_move_the_weights_alike(defense, monkeypatch, request):
     noise = 0.001 * torch.randn(8, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     monkeypatch.setattr(torch, "randn_like", lambda x: noise / 0.001)
     monkeypatch.setattr(bench.attacks, "start_perturbation", lambda *_: noise)
-    built = []
+    draw, built = bench.batch, []
+    monkeypatch.setattr(bench, "batch", lambda *arguments: (draw(*arguments)[0] * 0.9 + 0.05, draw(*arguments)[1]))
     real = models.build_model
 
     def remember(*arguments):
@@ -41,7 +43,7 @@ def test_both_sides_move_the_weights_alike(defense, monkeypatch, request):
     start = torch.cat([p.detach().flatten() for p in real("wrn-10-1").parameters()])
     textbook, ours = torch.cat(textbook) - start, torch.cat(ours) - start
     assert textbook.abs().max() > 0.01
-    assert (textbook - ours).norm() < 0.02 * textbook.norm()
+    assert (textbook - ours).norm() < 1e-6 * textbook.norm()
 
 
 def test_flops_of_a_wide_resnet_by_hand():
