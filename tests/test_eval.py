@@ -23,8 +23,8 @@ SMALL = ["--num-images", "24", "--precision", "fp32", "--compile", "off", "--num
 @pytest.fixture(scope="module")
 def model_path(tmp_path_factory):
     folder = tmp_path_factory.mktemp("run")
-    train_cifar.main(["--defense", "madry", "--dataset", "digits", "--limit-train", "192", "--epochs", "2",
-                      "--num-steps", "1", "--precision", "fp32", "--out-dir", str(folder)])
+    train_cifar.main(["--defense", "madry", "--dataset", "digits", "--epochs", "4", "--num-steps", "1",
+                      "--epsilon", "0.01", "--precision", "fp32", "--out-dir", str(folder)])
     return folder / "best.pt"
 
 
@@ -53,6 +53,7 @@ def test_accuracies_equal_a_loop_written_out(model_path):
         "PGD-3-LS 1": (lambda z, y, _: -(z.log_softmax(1).sum() - z.log_softmax(1)[0, y[0]]) / 9, 3, epsilon / 10),
     }
     assert [row["name"] for row in result["attacks"]] == ["Natural", *objectives]
+    assert len({row["correct"] for row in result["attacks"]}) > 3  # the attacks differ on this model
     for row in result["attacks"]:
         correct, x_advs = [], []
         for i in range(24):
@@ -77,7 +78,7 @@ def test_accuracies_equal_a_loop_written_out(model_path):
             with models.frozen(model):
                 attack = eval_attacks.make_attack(model, row["params"])
                 ours = attack(test.images[:24] / 255, test.labels[:24], torch.arange(24))
-            assert ((ours - torch.cat(x_advs)).abs() < 1e-5).float().mean() > 0.999, row["name"]
+            assert ((ours - torch.cat(x_advs)).abs() < 1e-5).float().mean() > 0.995, row["name"]  # a sign may flip
 
 
 def test_batch_size_does_not_alter_the_outcome(model_path):
