@@ -6,9 +6,11 @@ The textbook: float32, NCHW, eager, one image batch after the other, as the publ
 sides do the same arithmetic on the same shapes; repeats are interleaved, so that a machine that drifts is fair to both.
 """
 
+import concurrent.futures
 import json
 import multiprocessing
-import resource
+import pathlib
+import re
 import statistics
 import sys
 import time
@@ -222,14 +224,16 @@ def peak_memory(args, name):
         step = sides_of(args)[name][0]()["training step"]
         step(), step()
         return torch.cuda.max_memory_allocated()
-    with multiprocessing.get_context("spawn").Pool(1) as pool:
-        return pool.apply(_peak_of_this_process, (args, name))
+    with concurrent.futures.ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(_peak_of_this_process, args, name).result()
 
 
 def _peak_of_this_process(args, name):
     step = sides_of(args)[name][0]()["training step"]
     step(), step()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    # not getrusage's ru_maxrss, which a new process inherits from the one that started it
+    status = pathlib.Path("/proc/self/status").read_text()
+    return 1024 * int(re.search(r"VmHWM:\s+(\d+) kB", status)[1])
 
 
 def compare(args):
