@@ -8,7 +8,10 @@ import os
 import pathlib
 import signal
 
+import torch
+
 import checkpoints
+import models
 
 
 @contextlib.contextmanager
@@ -103,6 +106,23 @@ def write_log(out_dir, rows):
     figure.savefig(image, dpi=100)
     plt.close(figure)
     checkpoints.write_atomically(pathlib.Path(out_dir) / "curves.png", image.getvalue())
+
+
+@torch.no_grad()
+def tally(model, plain, x, x_adv, y, loss, logits_nat, logits_adv, alpha):
+    """What the log adds up, of one batch: (6,) the loss; the natural and the robust training accuracy; and, if alpha is
+    not None, how many of the examples have p_y(x) > 1 - α, where ascending LSCE raises the true logit, how many the
+    attack made easier, p_y(x_adv) > p_y(x), and of how many."""
+    counts = loss.new_zeros(6)
+    counts[0] = loss
+    for k, logits in enumerate((logits_nat, logits_adv), start=1):
+        if logits is not None:
+            counts[k] = (logits.argmax(1) == y).float().mean()
+    if alpha is not None:
+        with models.frozen(model):
+            before, after = (plain(batch).float().softmax(1).gather(1, y[:, None])[:, 0] for batch in (x, x_adv))
+        counts[3:] = torch.stack([before > 1 - alpha, after > before, torch.ones_like(y, dtype=torch.bool)]).sum(1)
+    return counts
 
 
 def epoch_row(args, epoch, lr, sums, steps):

@@ -219,23 +219,6 @@ def outer_minimisation(both, optimizer, x, x_adv, y, args):
     return loss.detach(), logits_nat, logits_adv
 
 
-@torch.no_grad()
-def tally(model, plain, x, x_adv, y, loss, logits_nat, logits_adv, alpha):
-    """What the log adds up, of one batch: (6,) the loss; the natural and the robust training accuracy; and, if alpha is
-    not None, how many of the examples have p_y(x) > 1 - α, where ascending LSCE raises the true logit, how many the
-    attack made easier, p_y(x_adv) > p_y(x), and of how many."""
-    counts = loss.new_zeros(6)
-    counts[0] = loss
-    for k, logits in enumerate((logits_nat, logits_adv), start=1):
-        if logits is not None:
-            counts[k] = (logits.argmax(1) == y).float().mean()
-    if alpha is not None:
-        with models.frozen(model):
-            before, after = (plain(batch).float().softmax(1).gather(1, y[:, None])[:, 0] for batch in (x, x_adv))
-        counts[3:] = torch.stack([before > 1 - alpha, after > before, torch.ones_like(y, dtype=torch.bool)]).sum(1)
-    return counts
-
-
 def train(args, state, train_set, val_set, device, stop=()):
     """The run from its first step, or from the checkpoint `state`, to its end or to the step in which `stop` fills.
     Rank 0 writes into args.out_dir. Returns whether the run is complete."""
@@ -289,7 +272,7 @@ def train(args, state, train_set, val_set, device, stop=()):
         cli.broadcast_buffers(model)
 
         alpha = (args.spat_alpha or 0.0) if adversarial and i % SHARES_EVERY == 0 else None
-        sums += cli.sum_over_processes(tally(model, plain, x, x_adv, y, loss, logits_nat, logits_adv, alpha))
+        sums += cli.sum_over_processes(rundir.tally(model, plain, x, x_adv, y, loss, logits_nat, logits_adv, alpha))
         bar.update(args.batch_size)
         last_of_epoch, stop_now, save_now = i == steps_per_epoch - 1, False, False
         if last_of_epoch or step % read_every == 0:

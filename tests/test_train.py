@@ -318,11 +318,11 @@ def test_the_tally_counts_per_example():
 
     model, loss = Model(), torch.tensor(1.5)
     batch = (p_nat, p_adv, y, loss, model(p_nat), model(p_adv))
-    assert train_cifar.tally(model, model, *batch, alpha=0.3).tolist() == [1.5, 0.75, 0.5, 2, 1, 4]
-    assert train_cifar.tally(model, model, *batch, alpha=0.0).tolist() == [1.5, 0.75, 0.5, 0, 1, 4]
-    assert train_cifar.tally(model, model, *batch, alpha=None).tolist() == [1.5, 0.75, 0.5, 0, 0, 0]
+    assert rundir.tally(model, model, *batch, alpha=0.3).tolist() == [1.5, 0.75, 0.5, 2, 1, 4]
+    assert rundir.tally(model, model, *batch, alpha=0.0).tolist() == [1.5, 0.75, 0.5, 0, 1, 4]
+    assert rundir.tally(model, model, *batch, alpha=None).tolist() == [1.5, 0.75, 0.5, 0, 0, 0]
     without = (p_nat, None, y, loss, model(p_nat), None)
-    assert train_cifar.tally(model, model, *without, alpha=None).tolist() == [1.5, 0.75, 0, 0, 0, 0]
+    assert rundir.tally(model, model, *without, alpha=None).tolist() == [1.5, 0.75, 0, 0, 0, 0]
 
 
 @pytest.mark.slow
