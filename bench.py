@@ -13,7 +13,6 @@ import pathlib
 import re
 import statistics
 import sys
-import time
 from argparse import Namespace
 
 import torch
@@ -108,7 +107,7 @@ def batch(args, size, layout):
 
 
 def textbook(args):
-    """{name: function} of the textbook's training step, its attack alone, and its PGD evaluation."""
+    """({name: function} of the textbook's training step, its attack alone, and its PGD evaluation; how it runs)."""
     model = models.build_model(args.arch).to(args.torch_device, memory_format=torch.contiguous_format)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=7e-4)
     x, y = batch(args, args.batch_size, torch.contiguous_format)
@@ -124,7 +123,7 @@ def textbook(args):
         model.eval()
         textbook_evaluation(model, optimizer, x_eval, y_eval, args.eval_steps)
 
-    return {"training step": step, "attack alone": attack, "evaluation": evaluation}
+    return {"training step": step, "attack alone": attack, "evaluation": evaluation}, "eager"
 
 
 def ours(args, precision, compiled):
@@ -136,8 +135,9 @@ def ours(args, precision, compiled):
     x_eval, y_eval = batch(args, args.eval_batch_size, torch.channels_last)
     pixels = x_eval.mul(255).byte()
     plain = forward = cli.forward_pass(model, precision)
+    how = "eager"
     if compiled:
-        forward, _ = cli.compiled_pass(model, plain, x)
+        forward, how = cli.compiled_pass(model, plain, x)
     both = train_cifar.BothPasses(model, forward)
 
     def attack():
@@ -155,7 +155,7 @@ def ours(args, precision, compiled):
         with models.frozen(model):
             attacks.attacked_logits(model, pixels, y_eval, pgd, args.eval_batch_size)
 
-    return {"training step": step, "attack alone": attack, "evaluation": evaluation}
+    return {"training step": step, "attack alone": attack, "evaluation": evaluation}, how
 
 
 def settings(args):
@@ -195,16 +195,6 @@ def matrix_product_rate(device, dtype, size=2048):
     return 2 * size**3 / cli.seconds(lambda: a @ b, device, repeats=10)
 
 
-def timed(function, device):
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    start = time.perf_counter()
-    function()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter() - start
-
-
 def sides_of(args):
     """{name: (constructor of the functions, dtype of its arithmetic)}"""
     precision, _ = cli.pick_precision(args.precision, args.torch_device)
@@ -221,7 +211,7 @@ def peak_memory(args, name):
     if args.torch_device.type == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
-        step = sides_of(args)[name][0]()["training step"]
+        step = sides_of(args)[name][0]()[0]["training step"]
         step(), step()
         return torch.cuda.max_memory_allocated()
     with concurrent.futures.ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
@@ -229,7 +219,7 @@ def peak_memory(args, name):
 
 
 def _peak_of_this_process(args, name):
-    step = sides_of(args)[name][0]()["training step"]
+    step = sides_of(args)[name][0]()[0]["training step"]
     step(), step()
     # not getrusage's ru_maxrss, which a new process inherits from the one that started it
     status = pathlib.Path("/proc/self/status").read_text()
@@ -239,7 +229,7 @@ def _peak_of_this_process(args, name):
 def compare(args):
     """Time all sides in turn -> the result as a dict."""
     sides, needed = sides_of(args), flops(args)
-    work = {side: build() for side, (build, _) in sides.items()}
+    built = {side: build() for side, (build, _) in sides.items()}
     rates = {str(dtype): matrix_product_rate(args.torch_device, dtype) for _, dtype in sides.values()}
     times = {(side, name): [] for side in sides for name in needed}
     first = dict.fromkeys(sides, 0.0)
@@ -247,7 +237,7 @@ def compare(args):
         for repeat in range(args.repeats + 1):
             for side, name in times:
                 bar.set_description(f"{side}: {name}")
-                seconds = timed(work[side][name], args.torch_device)
+                seconds = cli.timed(built[side][0][name], args.torch_device)
                 if repeat:
                     times[side, name].append(seconds)
                 else:
@@ -266,7 +256,8 @@ def compare(args):
     extra = {side: first[side] - sum(statistics.median(times[side, name]) for name in needed) for side in sides}
     memory = {side: peak_memory(args, side) for side in sides}
     return {"rows": rows, "matrix_product_gflop_per_s": {k: v / 1e9 for k, v in rates.items()},
-            "compile_and_warm_up_seconds": extra, "peak_memory_bytes": memory}
+            "how": {side: how for side, (_, how) in built.items()}, "compile_and_warm_up_seconds": extra,
+            "peak_memory_bytes": memory}
 
 
 def scaling(args):
@@ -278,7 +269,7 @@ def scaling(args):
     rows = []
     for what, value, change in tqdm(points, unit="point", dynamic_ncols=True):
         point = Namespace(**vars(args) | {"eval_batch_size": 1} | change)
-        step = ours(point, precision, compiled=False)["training step"]
+        step = ours(point, precision, compiled=False)[0]["training step"]
         seconds = cli.seconds(step, args.torch_device, repeats=args.repeats)
         rows.append({"varied": what, "value": value, "seconds": seconds, "images_per_s": point.batch_size / seconds,
                      "gflop_per_s": flops(point)["training step"] / seconds / 1e9})
@@ -300,7 +291,8 @@ def table(result):
                      f"{f'{low:.2f}-{high:.2f}':>14}{row['gflop_per_s']:>10.0f}{row['share_of_matrix_product']:>12.0%}")
     for side, seconds in result["compile_and_warm_up_seconds"].items():
         memory = result["peak_memory_bytes"][side]
-        lines.append(f"{side}: compile and warm-up {seconds:.0f} s, peak memory of a step {memory / 2**20:.0f} MiB")
+        lines.append(f"{side}: {result['how'][side]}; compile and warm-up {seconds:.0f} s in all, "
+                     f"peak memory of a step {memory / 2**20:.0f} MiB")
     rates = ", ".join(f"{dtype} {rate:.0f}" for dtype, rate in result["matrix_product_gflop_per_s"].items())
     return "\n".join([*lines, f"matrix product in the same run, GFLOP/s: {rates}"])
 

@@ -72,16 +72,20 @@ def pick_device(name):
     return torch.device(name)
 
 
+def timed(function, device):
+    """The seconds of one call, with what it left running on a GPU and without what ran there before."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    start = time.perf_counter()
+    function()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - start
+
+
 def seconds(function, device, repeats=3):
     """The shortest of a few timed calls, after one that is not counted."""
-    times = []
-    for _ in range(repeats + 1):
-        start = time.perf_counter()
-        function()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        times.append(time.perf_counter() - start)
-    return min(times[1:])
+    return min([timed(function, device) for _ in range(repeats + 1)][1:])
 
 
 def pick_precision(name, device):

@@ -35,7 +35,7 @@ def test_both_sides_move_the_weights_alike(defense, monkeypatch, request):
         return built[-1]
 
     monkeypatch.setattr(models, "build_model", remember)
-    for side in (bench.textbook(args), bench.ours(args, "fp32", compiled=False)):
+    for side, _ in (bench.textbook(args), bench.ours(args, "fp32", compiled=False)):
         side["training step"]()
         if defense == "madry":  # the others' second attack meets other running statistics: other passes, another order
             side["training step"]()
@@ -75,3 +75,16 @@ def test_the_table_and_the_json(tmp_path, capsys):
 @pytest.mark.parametrize("argv", [["--arch", "vgg"], ["--repeats", "0"], ["--defense", "standard"]])
 def test_bad_input(argv, capsys):
     fails_in_one_line(bench.main, argv, capsys)
+
+
+def test_a_failing_compiler_is_named(monkeypatch, capsys):
+    def fail(*_, **__):
+        def call(*_):
+            raise RuntimeError("no compiler")
+        return call
+
+    monkeypatch.setattr(bench.cli.torch, "compile", fail)
+    monkeypatch.setattr(bench, "peak_memory", lambda *_: 0)  # measured in another process, which has a compiler
+    result = bench.main([*SMALL[:-1], "on", "--precision", "fp32"])
+    assert result["how"]["ours, fp32"] == "torch.compile failed (RuntimeError): going on without"
+    assert "failed (RuntimeError)" in capsys.readouterr().out
