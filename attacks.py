@@ -4,6 +4,9 @@ x is (B, C, H, W) in [0, 1] and the result has its shape, type and range. model 
 mode, its precision and whether its weights want gradients belong to the caller (see models.frozen).
 """
 
+import contextlib
+import sys
+
 import torch
 import torch.nn.functional as F
 
@@ -73,27 +76,115 @@ def fgsm(model, x, y, *, epsilon):
     return pgd(model, x, y, _cross_entropy, epsilon=epsilon, step_size=epsilon, num_steps=1, random_start="none")
 
 
-def attacked_logits(model, images, labels, attack=None, batch_size=256, progress=lambda n: None, rank=0, world=1):
+def worst_iterate(attack, model, score):
+    """attack(model) -> x_adv, but of every example the iterate, of all that pass through the model, whose
+    score(logits), (B,), is lowest. With the margin as score an example is broken if any step breaks it (RST's rule).
+    attack: a function of a model alone."""
+    lowest, kept = None, None
+
+    def watched(x):
+        nonlocal lowest, kept
+        logits = model(x)
+        with torch.no_grad():
+            now = score(logits)
+            lower = torch.ones_like(now, dtype=torch.bool) if lowest is None else now < lowest
+            lowest = now if lowest is None else torch.where(lower, now, lowest)
+            kept = x.detach() if kept is None else torch.where(lower[:, None, None, None], x, kept)
+        return logits
+
+    last = attack(watched)
+    with torch.no_grad():
+        watched(last)
+    return kept
+
+
+# What AutoAttack's standard version consists of, and at most how many forward passes each part takes an image.
+COMPONENTS = {"apgd-ce": 102, "apgd-t": 9 * 102, "fab-t": 9 * 202, "square": 5001}
+
+
+def check_autoattack(num_classes, components=None):
+    """The components, the standard four for None; raises ValueError where AutoAttack is not defined."""
+    components = list(COMPONENTS) if components is None else list(components)
+    if unknown := [name for name in components if name not in COMPONENTS]:
+        raise ValueError(f"unknown component {unknown[0]!r} of AutoAttack; known: {', '.join(COMPONENTS)}")
+    if num_classes < 4:  # the difference of logits ratio takes the four largest logits
+        raise ValueError(f"AutoAttack needs at least 4 classes, not {num_classes}")
+    return components
+
+
+@contextlib.contextmanager
+def _left_as_found(model, device):
+    """Restores what pyautoattack alters: the global random state, the trace function, the parameters' gradients."""
+    parameters = list(model.parameters()) if isinstance(model, torch.nn.Module) else []
+    before, trace = [(p, p.grad, p.requires_grad) for p in parameters], sys.gettrace()
+    try:
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+            for parameter in parameters:
+                parameter.requires_grad_(False)
+            yield
+    finally:
+        sys.settrace(trace)
+        for parameter, grad, requires_grad in before:
+            parameter.grad = grad
+            parameter.requires_grad_(requires_grad)
+
+
+def autoattack(model, x, y, *, epsilon, batch_size, seed=0, components=None, on_component=None):
+    """AutoAttack for L-inf (Croce and Hein 2020), its standard version, by pyautoattack, the official code. Returns
+    x_adv: x itself where the model is wrong already or nothing succeeded.
+
+    model: in eval mode, its logits float32. components: of COMPONENTS, in the order in which they run; None for the
+    standard four (only those may be called AutoAttack). on_component(name, robust), robust (B,) bool, after each.
+    batch_size and seed alter the result: state them. Raises ValueError for less than 4 classes.
+    """
+    from pyautoattack import AutoAttack  # its import costs a second
+
+    x, x_adv = x.contiguous(), x.clone(memory_format=torch.contiguous_format)  # it reshapes with view()
+    with torch.no_grad():
+        logits = torch.cat([model(batch) for batch in x.split(batch_size)])
+    robust = logits.argmax(1) == y
+    for component in check_autoattack(logits.shape[1], components):
+        standing = robust.nonzero()[:, 0]
+        if len(standing):
+            with _left_as_found(model, x.device):
+                attack = AutoAttack(model, device=x.device, eps=epsilon, norm="Linf", seed=seed, version="standard")
+                attack.attacks_to_run = [component]
+                for targeted in (attack.apgd_targeted, attack.fab):
+                    targeted.n_target_classes = min(9, logits.shape[1] - 1)
+                x_adv[standing], label = attack.run_standard_evaluation(x[standing], y[standing], batch_size=batch_size)
+            robust[standing] = label == y[standing]
+        if on_component:
+            on_component(component, robust.clone())
+    return x_adv
+
+
+def attacked_logits(model, images, labels, attack=None, batch_size=256, progress=lambda n: None, rank=0, world=1,
+                    only=None, examples=None):
     """The model's float32 logits (N, K) for attacked images: what every accuracy is counted from.
 
     images: (N, C, H, W) uint8, labels: (N,), both on one device. attack(x, y, indices) -> x_adv, indices being the
     images' positions; None for the natural images. model scores the final images: give it in float32 and frozen,
-    whatever crafts inside `attack`. Of `world` processes each takes every world-th image and leaves the rows of the
-    others zero: their sum is the result. All batches have one size (the last is filled up with images that are not
-    counted), so that compiled code is not compiled twice. progress(n) is called after every n images.
+    whatever crafts inside `attack`. only: the positions to attack (default: all), at least one. Of `world` processes
+    each takes every world-th of them and leaves all other rows zero: the sum is the result. All batches have one size
+    (the last is filled up with images that are not counted), so that compiled code is not compiled twice.
+    progress(n) is called after every n images; examples, float32 like images, receives the attacked images.
     """
     n, logits = len(images), None
     batch_size = min(batch_size, -(-n // world))
-    batches = -(-len(range(rank, n, world)) // batch_size)
-    positions = torch.arange(rank, rank + max(batches, 1) * batch_size * world, world, device=images.device)
-    for chunk in positions.split(batch_size):
-        indices, counted = chunk % n, chunk < n
+    only = torch.arange(n, device=images.device) if only is None else only
+    mine = only[rank::world]
+    counted, total = len(mine), max(1, -(-len(mine) // batch_size)) * batch_size
+    filled = torch.cat([mine, only.repeat(-(-total // len(only)))])[:total]
+    for done, indices in zip(range(0, total, batch_size), filled.split(batch_size), strict=True):
         x = images[indices].to(torch.float32, memory_format=torch.channels_last).div_(255)
         if attack is not None:
             x = attack(x, labels[indices], indices)
         with torch.no_grad():
             out = model(x).float()
         logits = out.new_zeros(n, out.shape[1]) if logits is None else logits
-        logits[indices[counted]] = out[counted]
-        progress(int(counted.sum()))
+        count = max(0, min(batch_size, counted - done))
+        logits[indices[:count]] = out[:count]
+        if examples is not None:
+            examples[indices[:count]] = x[:count]
+        progress(count)
     return logits

@@ -26,7 +26,6 @@ import cli
 import losses
 import models
 import train_cifar
-from eval_attacks import device_name
 
 
 def parse_args(argv=None):
@@ -299,7 +298,7 @@ def table(result):
 
 def main(argv=None):
     args = parse_args(argv)
-    result = {"device": device_name(args.torch_device), "torch": torch.__version__, "scaling": args.scaling,
+    result = {"device": cli.device_name(args.torch_device), "torch": torch.__version__, "scaling": args.scaling,
               "command": " ".join(["python", "bench.py", *(sys.argv[1:] if argv is None else argv)]),
               "settings": {k: v for k, v in vars(args).items() if isinstance(v, str | int)}}
     result |= scaling(args) if args.scaling else compare(args)

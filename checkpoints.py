@@ -73,6 +73,8 @@ def _count(state, pattern):
 def infer_arch(state):
     """(architecture name, number of classes) of a state dict with TRADES' or MART's parameter names; raises
     ValueError if its names and shapes are none that models.py builds."""
+    if any("init_conv" in key for key in state):
+        raise ValueError(f"it is a WideResNet with Swish (init_conv), which is not built here; known: {models.ARCHS}")
     if any(value.ndim == 0 for key, value in state.items() if key.endswith("weight")):
         raise ValueError("some of its weights have no dimensions")
     if "fc.weight" in state and "block1.layer.0.conv1.weight" in state:
@@ -118,32 +120,64 @@ def _header(content):
     return header
 
 
-def load_model(path, device="cpu", arch=None, num_classes=None):
-    """(the model in float32 and eval mode, info): info holds path, sha256, arch, num_classes and, for a file of this
-    project, args, epoch and classes. arch and num_classes are read from the file; given, they must agree with it.
+def _normalisation(state, content, stated):
+    """(the network's own entries, (mean, std) or None): some released files hold a layer before the network, as the
+    first of a Sequential or as entries beside the weights; stated is what the user says of it."""
+    place = next((key[0] for key in state if re.fullmatch(r"\d\.conv1\.weight", key)), None)
+    if place:
+        state = {key.removeprefix(f"{place}."): value for key, value in state.items()}
+    names = {"mean": "mean", "mu": "mean", "std": "std", "stdev": "std", "sigma": "std"}
+    layer = {names[leaf]: key for key in state if (leaf := key.rpartition(".")[2]) in names}
+    found = None
+    if len(layer) == 2:
+        found = tuple(state[layer[name]].flatten().tolist() for name in ("mean", "std"))
+        state = {key: value for key, value in state.items() if key not in layer.values()}
+        if any(len(values) != 3 for values in found) or min(found[1]) <= 0:
+            raise ValueError("its normalisation is not three means and three positive standard deviations")
+    elif stated is None and (place not in (None, "0") or content.get("normalize_input")):
+        raise ValueError("it was trained behind a normalisation that is not in the file: state it with --normalize "
+                         "MEAN STD (0,0,0 1,1,1 for none)")
+    if found and stated:
+        raise ValueError(f"--normalize: the file holds its own, {found[0]} and {found[1]}")
+    return state, found or stated
 
-    Takes this project's checkpoints and bare state dicts (with or without DataParallel's or torch.compile's
-    prefixes). Raises ValueError with one line that says what is wrong with the file.
+
+def load_model(path, device="cpu", arch=None, num_classes=None, normalize=None):
+    """(the model in float32 and eval mode, info): info holds path, sha256, arch, num_classes, normalize and, for a file
+    of this project, args, epoch and classes. arch and num_classes are read from the file; given, they must agree with
+    it. normalize: ((mean of 3), (std of 3)) where a released file was trained on normalised images and does not say so;
+    the layer becomes part of the model.
+
+    Takes this project's checkpoints and those of TRADES, MART, RST, AWP, FAT, robust_overfitting and others of that
+    line of work, told from their contents: bare state dicts or containers, with any mixture of DataParallel's,
+    torch.compile's and Sequential's prefixes. Raises ValueError with one line that says what is wrong with the file.
     """
     content = load(path, device)
-    state = content.get("state_dict", content) if isinstance(content, dict) else None
+    state = content
+    for container in ("state_dict", "model_state_dict"):
+        state = state.get(container, state) if isinstance(state, dict) else None
     if not isinstance(state, dict) or not all(
             isinstance(key, str) and isinstance(value, torch.Tensor) for key, value in state.items()):
         raise ValueError(f"{path}: holds no state dict")
     state = {_PREFIX.sub("", key): value for key, value in state.items()}
-    state = {key: value for key, value in state.items() if not key.startswith("sub_block1.")}  # TRADES never uses it
     try:
+        state, normalize = _normalisation(state, content, normalize)
+        # TRADES' network holds a copy of its first block that it never uses
+        state = {key: value for key, value in state.items() if not key.startswith("sub_block1.")}
         found_arch, found_classes = infer_arch(state)
         if arch not in (None, found_arch):
             raise ValueError(f"it is a {found_arch}, not a {arch}")
         if num_classes not in (None, found_classes):
             raise ValueError(f"it has {found_classes} classes, not {num_classes}")
         _fits(state, found_arch, found_classes)
-        info = {"path": str(path), "sha256": sha256(path), "arch": found_arch, "num_classes": found_classes}
+        info = {"path": str(path), "sha256": sha256(path), "arch": found_arch, "num_classes": found_classes,
+                "normalize": normalize}
         if content.get("format") == FORMAT:
             info |= _header(content)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
     model = models.build_model(found_arch, found_classes)
     model.load_state_dict(state)
+    if normalize:
+        model = models.Normalised(model, *normalize)
     return model.to(device).eval(), info

@@ -5,6 +5,8 @@ import argparse
 import contextlib
 import datetime
 import os
+import pathlib
+import platform
 import sys
 import time
 from fractions import Fraction
@@ -49,6 +51,14 @@ natural_float = _checked(float, lambda v: 0 <= v < float("inf"), "a number of 0 
 unit_float = _checked(float, lambda v: 0 <= v <= 1, "a number in [0, 1]")
 
 
+def three_numbers(text):
+    """"0.49,0.48,0.45" -> (0.49, 0.48, 0.45)"""
+    def convert(text):
+        return tuple(float(part) for part in text.split(","))
+
+    return _checked(convert, lambda v: len(v) == 3, "three numbers with commas between, one a channel")(text)
+
+
 def ratio(text):
     """"8/255" or "0.031", as given, after a check that it lies in (0, 1]: images have values in [0, 1]."""
     _checked(Fraction, lambda v: 0 < v <= 1, "a fraction or decimal in (0, 1], such as 8/255 or 0.031")(text)
@@ -70,6 +80,18 @@ def pick_device(name):
     if name == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda: torch finds no CUDA device here")
     return torch.device(name)
+
+
+def device_name(device):
+    """"NVIDIA H100 80GB HBM3", or the CPU's model and the number of threads."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name()
+    try:
+        lines = pathlib.Path("/proc/cpuinfo").read_text().splitlines()
+        model = next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        model = platform.processor() or platform.machine()
+    return f"{model}, {torch.get_num_threads()} threads"
 
 
 def timed(function, device):

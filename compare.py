@@ -6,19 +6,11 @@ Both files are eval_attacks.py's. For every attack that both have: the differenc
 interval, which is narrower than what two separate intervals suggest, because the images are the same.
 """
 
-import json
 import math
 from fractions import Fraction
 
-import numpy as np
-
 import cli
-
-
-def correct_mask(row):
-    """The outcome per image, (n,) bool, of an attack's entry in the JSON."""
-    bits = np.frombuffer(bytes.fromhex(row["correct_mask"]), np.uint8)
-    return np.unpackbits(bits)[: row["n"]].astype(bool)
+import scores
 
 
 def paired_difference(a, b, z=1.959964):
@@ -48,20 +40,8 @@ def compare(first, second):
     for name in shared:
         if ours[name]["params"] != theirs[name]["params"]:
             raise ValueError(f"not the same attack: {name} is {ours[name]['params']} and {theirs[name]['params']}")
-    return {name: paired_difference(correct_mask(ours[name]), correct_mask(theirs[name])) for name in shared}
-
-
-def read(path):
-    """A result of eval_attacks.py; raises ValueError if the file is not one."""
-    try:
-        with open(path, encoding="utf-8") as file:
-            result = json.load(file)
-        names = [(row["name"], row["params"], correct_mask(row)) for row in result["attacks"]]
-        if all(len(mask) == result["n"] for _, _, mask in names) and result["model"]["dataset"]:
-            return result
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path}: not a result of eval_attacks.py ({type(error).__name__})") from None
-    raise ValueError(f"{path}: not a result of eval_attacks.py (its masks do not fit its n)")
+    masks = {name: [scores.correct_mask(rows[name]) for rows in (ours, theirs)] for name in shared}
+    return {name: paired_difference(*pair) for name, pair in masks.items()}
 
 
 def main(argv=None):
@@ -70,7 +50,7 @@ def main(argv=None):
     parser.add_argument("b", metavar="B.json")
     args = parser.parse_args(argv)
     try:
-        first, second = read(args.a), read(args.b)
+        first, second = scores.read(args.a), scores.read(args.b)
         differences = compare(first, second)
     except ValueError as error:
         parser.error(error)

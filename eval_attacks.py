@@ -26,76 +26,108 @@ import cli
 import data
 import losses
 import models
+import scores
 
-ATTACKS = ("natural", "fgsm", "pgd", "cw", "pgd-kl", "pgd-ls")
-
-# Table 3 of the paper, WRN-34-10 at ε 8/255: (data set, defense, α) -> Natural, FGSM, PGD-20, CW-inf
-TABLE_3 = {
-    ("cifar10", "madry", None): (84.39, 59.93, 56.37, 54.14),
-    ("cifar10", "trades", None): (85.97, 62.29, 57.32, 54.38),
-    ("cifar10", "mart", None): (83.70, 61.93, 58.46, 53.28),
-    ("cifar10", "trades", 0.1): (84.60, 61.46, 58.22, 54.97),
-    ("cifar10", "mart", 0.3): (81.93, 61.87, 59.59, 51.57),
-    ("cifar100", "madry", None): (61.77, 34.42, 31.51, 30.10),
-    ("cifar100", "trades", None): (57.13, 32.90, 31.02, 28.07),
-    ("cifar100", "mart", None): (58.56, 36.46, 34.12, 30.16),
-    ("cifar100", "trades", 0.1): (55.54, 33.35, 31.20, 28.14),
-    ("cifar100", "mart", 0.2): (60.28, 36.91, 34.66, 30.93),
+ATTACKS = ("natural", "fgsm", "pgd", "cw", "pgd-kl", "pgd-ls", "apgd", "autoattack")
+PROTOCOLS = {  # flags that stand for a published evaluation; a typed one wins
+    "paper": {},
+    "rst": dict(attacks=["natural", "pgd"], epsilon="0.031", step_size="0.003", num_steps=20),
+    "rst-restarts": dict(attacks=["natural", "pgd"], epsilon="0.031", step_size="0.01", num_steps=40, restarts=5,
+                         any_step=True),
 }
-
 
 def parse_args(argv=None):
     parser = cli.Parser(prog="eval_attacks.py", description=__doc__)
     add = parser.add_argument
     add("--model-path", required=True, metavar="FILE", help="a checkpoint of train_cifar.py, or a released state dict")
     add("--attacks", nargs="+", choices=ATTACKS, default=["natural", "fgsm", "pgd", "cw"], metavar="ATTACK",
-        help=f"of {', '.join(ATTACKS)} (default: natural fgsm pgd cw, the columns of the paper's Table 3)")
+        help=f"of {', '.join(ATTACKS)} (default: natural fgsm pgd cw, the columns of the paper's Table 3); apgd is "
+        "APGD-CE and APGD-T, the first half of AutoAttack")
+    add("--protocol", choices=PROTOCOLS, default="paper",
+        help="paper: the defaults below; rst: Table 4's PGD-20 at ε 0.031 with step 0.003; rst-restarts: RST's own 40 "
+        "steps of 0.01, 5 restarts, broken if any step breaks (default: paper)")
     add("--alphas", nargs="+", type=cli.unit_float, metavar="A", help="values of α for pgd-ls, which needs them")
+    add("--kappas", nargs="+", type=cli.natural_float, metavar="K", default=[50.0],
+        help="confidences of cw, a row each (default: 50)")
     add("--epsilon", type=cli.ratio, help="radius of the L-inf ball (default: 8/255; digits: 0.05)")
+    add("--epsilons", nargs="+", type=cli.ratio, metavar="E", help="a sweep: every attack at each of these radii")
     add("--num-steps", type=cli.positive_int, default=20, help="of pgd, pgd-kl and pgd-ls (default: 20)")
+    add("--steps-sweep", nargs="+", type=cli.positive_int, metavar="N",
+        help="a sweep: these three at each of these numbers")
     add("--cw-steps", type=cli.positive_int, default=30, help="of cw (default: 30)")
-    add("--step-size", type=cli.ratio, help="of all but fgsm (default: epsilon / 10)")
-    add("--random-start", choices=attacks.RANDOM_STARTS, default="uniform", help="of all but fgsm (default: uniform)")
+    add("--step-size", type=cli.ratio, help="of pgd*, cw (default: epsilon / 10)")
+    add("--random-start", choices=attacks.RANDOM_STARTS, default="uniform", help="of pgd*, cw (default: uniform)")
+    add("--restarts", type=cli.positive_int, default=1, metavar="R",
+        help="of pgd*, cw: an image counts as broken if any of R starts breaks it (default: 1)")
+    add("--any-step", action="store_true", help="of pgd*, cw: ... or if any step on the way does (RST's rule)")
+    add("--pool", action="store_true",
+        help="attack only the images that the attacks before left standing; a row then is what all up to it leave")
     add("--num-images", type=cli.positive_int, metavar="N", help="the first N test images (default: all)")
-    add("--batch-size", type=cli.positive_int, default=256, help="does not alter the result (default: 256)")
+    add("--batch-size", type=cli.positive_int, default=256,
+        help="alters the result of apgd and autoattack only (default: 256)")
     add("--seed", type=cli.natural_int, default=0, help="of the random starts (default: 0)")
     add("--dataset", help="cifar10, cifar100, digits or a folder (default: the one the model was trained on)")
     add("--data-dir", default="data", metavar="DIR", help="where CIFAR is, or is downloaded to (default: data)")
     add("--arch", help="refuse the file if it holds another architecture (default: take what it holds)")
+    add("--num-classes", type=cli.positive_int, help="refuse the file if it has another number (default: as it has)")
+    add("--normalize", nargs=2, type=cli.three_numbers, metavar=("MEAN", "STD"),
+        help="of a released model that was trained on normalised images and does not hold them, such as "
+        "0.4914,0.4822,0.4465 0.2471,0.2435,0.2616 (default: none)")
     cli.add_runtime_flags(parser, default="auto")
     add("--json", metavar="FILE", help="write the result there, after every attack (default: no file)")
+    add("--save-examples", metavar="FILE", help="write each image's predictions and margins to this .npz")
+    add("--save-images", action="store_true", help="put the attacked images into it, float32, 12 kB each")
+    parser.set_defaults(**PROTOCOLS[parser.parse_args(argv).protocol])
     args = parser.parse_args(argv)
-    if ("pgd-ls" in args.attacks) != bool(args.alphas):
-        parser.error("--attacks pgd-ls and --alphas go together")
-    if "pgd-kl" in args.attacks and args.random_start == "none":
-        parser.error("--random-start none: pgd-kl would not move, KL(p(x) || p(x)) is 0 with gradient 0")
-    if args.json and not pathlib.Path(args.json).resolve().parent.is_dir():
-        parser.error(f"--json {args.json}: its folder does not exist")
+    for wrong, why in (
+        (("pgd-ls" in args.attacks) != bool(args.alphas), "--attacks pgd-ls and --alphas go together"),
+        ("pgd-kl" in args.attacks and args.random_start == "none",
+         "--random-start none: pgd-kl would not move, KL(p(x) || p(x)) is 0 with gradient 0"),
+        (args.restarts > 1 and args.random_start == "none", "--restarts: without a random start all are the same"),
+        (args.pool and args.epsilons, "--pool: an image broken at one radius may stand at another of --epsilons"),
+        (args.save_images and not args.save_examples, "--save-images goes with --save-examples"),
+        (args.normalize and min(args.normalize[1]) <= 0, "--normalize: a standard deviation must be above 0"),
+    ):
+        if wrong:
+            parser.error(why)
+    for flag, path in (("--json", args.json), ("--save-examples", args.save_examples)):
+        if path and not pathlib.Path(path).resolve().parent.is_dir():
+            parser.error(f"{flag} {path}: its folder does not exist")
     return parser, args
 
 
 def attack_list(args):
-    """The attacks asked for, in the paper's order: (name, parameters as they go into the JSON)."""
-    step_size = args.step_size or str(Fraction(args.epsilon) / 10)
-    base = {"epsilon": args.epsilon, "step_size": step_size, "num_steps": args.num_steps,
-            "random_start": args.random_start, "seed": args.seed}
-    rows = {
-        "natural": [("Natural", {})],
-        "fgsm": [("FGSM", {"objective": "ce", "epsilon": args.epsilon, "step_size": args.epsilon, "num_steps": 1,
-                           "random_start": "none"})],
-        "pgd": [(f"PGD-{args.num_steps}", {"objective": "ce"} | base)],
-        "cw": [("CW-inf", {"objective": "cw", "kappa": 50.0} | base | {"num_steps": args.cw_steps})],
-        "pgd-kl": [(f"PGD-{args.num_steps}-KL", {"objective": "kl"} | base)],
-        "pgd-ls": [(f"PGD-{args.num_steps}-LS {alpha:g}", {"objective": "lsce", "alpha": alpha} | base)
-                   for alpha in args.alphas or ()],
-    }
-    return [row for name in ATTACKS if name in args.attacks for row in rows[name]]
+    """The attacks asked for, radius by radius in the paper's order: (name, parameters as they go into the JSON)."""
+    listed = [("Natural", {})] if "natural" in args.attacks else []
+    for epsilon in args.epsilons or [args.epsilon]:
+        radius = {"epsilon": epsilon}
+        base = radius | {"step_size": args.step_size or str(Fraction(epsilon) / 10), "num_steps": args.num_steps,
+                         "random_start": args.random_start, "seed": args.seed}
+        base |= {"restarts": args.restarts} if args.restarts > 1 else {}
+        base |= {"any_step": True} if args.any_step else {}
+        rule = (f" x{args.restarts}" if args.restarts > 1 else "") + (" any step" if args.any_step else "")
+        official = radius | {"version": "standard", "seed": args.seed, "batch_size": args.batch_size}
+        rows = {name: [] for name in ATTACKS}
+        rows["fgsm"] = [("FGSM", {"objective": "ce"} | radius
+                         | {"step_size": epsilon, "num_steps": 1, "random_start": "none"})]
+        for n in args.steps_sweep or [args.num_steps]:
+            steps = base | {"num_steps": n}
+            rows["pgd"] += [(f"PGD-{n}{rule}", {"objective": "ce"} | steps)]
+            rows["pgd-kl"] += [(f"PGD-{n}-KL{rule}", {"objective": "kl"} | steps)]
+            rows["pgd-ls"] += [(f"PGD-{n}-LS {alpha:g}{rule}", {"objective": "lsce", "alpha": alpha} | steps)
+                               for alpha in args.alphas or ()]
+        rows["cw"] = [(f"CW-inf{'' if kappa == 50 else f' κ {kappa:g}'}{rule}", {"objective": "cw", "kappa": kappa}
+                       | base | {"num_steps": args.cw_steps}) for kappa in args.kappas]
+        rows["apgd"] = [("APGD-CE + APGD-T", {"components": ["apgd-ce", "apgd-t"]} | official)]
+        rows["autoattack"] = [("AutoAttack", {"components": list(attacks.COMPONENTS)} | official)]
+        suffix = f" ε {epsilon}" if args.epsilons else ""
+        listed += [(name + suffix, params | ({"pool": True} if args.pool else {}))
+                   for key in ATTACKS if key in args.attacks for name, params in rows[key]]
+    return listed
 
 
 def make_attack(forward, params):
-    """The function (x, y, indices) -> x_adv for parameters as in the JSON; None if they are empty (natural)."""
-    if not params:
-        return None
+    """The function (x, y, indices, restart=0) -> x_adv for parameters as in the JSON."""
     epsilon = float(Fraction(params["epsilon"]))
     objective = {
         "ce": losses.cross_entropy,
@@ -104,84 +136,127 @@ def make_attack(forward, params):
         "cw": functools.partial(losses.cw_margin, kappa=params.get("kappa", 50.0)),
     }[params["objective"]]
 
-    def attack(x, y, indices):
-        start = attacks.start_per_image(params["random_start"], x, epsilon, indices, params.get("seed", 0))
+    def attack(x, y, indices, restart=0):
+        start = attacks.start_per_image(params["random_start"], x, epsilon, indices, params.get("seed", 0), restart)
         target = y
         if params["objective"] == "kl":
             with torch.no_grad():
                 target = forward(x).float().softmax(1)
-        return attacks.pgd(forward, x, target, objective, epsilon=epsilon, random_start=start,
-                           step_size=float(Fraction(params["step_size"])), num_steps=params["num_steps"])
+
+        def margin(logits):
+            return losses.margin(logits, y)
+
+        def iterate(model):
+            return attacks.pgd(model, x, target, objective, epsilon=epsilon, random_start=start,
+                               step_size=float(Fraction(params["step_size"])), num_steps=params["num_steps"])
+
+        return attacks.worst_iterate(iterate, forward, margin) if params.get("any_step") else iterate(forward)
 
     return attack
-
-
-def wilson(correct, n, z=1.959964):
-    """The 95 % Wilson score interval of a share, as (low, high) in [0, 1]."""
-    p = correct / n
-    middle, half = p + z * z / (2 * n), z * (p * (1 - p) / n + z * z / (4 * n * n)) ** 0.5
-    return (middle - half) / (1 + z * z / n), (middle + half) / (1 + z * z / n)
-
-
-def outcome(name, params, correct_mask, seconds):
-    """One attack's entry in the JSON, from which images are still classified correctly, (n,) bool."""
-    n, correct = len(correct_mask), int(correct_mask.sum())
-    return {"name": name, "params": params, "n": n, "correct": correct, "accuracy": correct / n,
-            "interval": wilson(correct, n), "seconds": round(seconds, 2),
-            "correct_mask": np.packbits(correct_mask.numpy()).tobytes().hex()}
-
-
-def table(result):
-    """The result as text, for the screen."""
-    model = result["model"]
-    spat = "" if model["spat_alpha"] is None else f" + SPAT (α {model['spat_alpha']:g})"
-    trained = f", {model['defense']}{spat}, {model['epochs']} epochs, seed {model['seed']}" if model["defense"] else ""
-    lines = [f"{model['path']}: {model['arch']} on {model['dataset']}{trained}",
-             f"the first {result['n']} test images; attacks at ε {result['epsilon']} crafted in {result['precision']}",
-             "",
-             f"{'attack':<16} {'correct':>13} {'accuracy':>9}   95 % interval   {'seconds':>7}"]
-    for row in result["attacks"]:
-        low, high = row["interval"]
-        lines.append(f"{row['name']:<16} {row['correct']:>6}/{row['n']:<6} {row['accuracy']:>8.2%}   "
-                     f"{100 * low:5.2f} - {100 * high:5.2f}   {row['seconds']:>7.0f}")
-    paper = TABLE_3.get((model["dataset"], model["defense"], model["spat_alpha"]))
-    if paper and Fraction(result["epsilon"]) == Fraction(8, 255):
-        names = ("Natural", "FGSM", "PGD-20", "CW-inf")
-        row = "  ".join(f"{name} {value:.2f}" for name, value in zip(names, paper, strict=True))
-        lines.append("paper, Table 3 (WRN-34-10): " + row)
-    return "\n".join(lines)
 
 
 def describe(info, dataset):
     """What the JSON says of the model."""
     args = info.get("args", {})
-    return {key: info[key] for key in ("path", "sha256", "arch")} | {
+    return {key: info[key] for key in ("path", "sha256", "arch", "normalize")} | {
         "dataset": dataset, "defense": args.get("defense"), "spat_alpha": args.get("spat_alpha"),
         "epochs": info.get("epoch"), "seed": args.get("seed"), "args": args}
+
+
+def official_attack(model, test, only, params, bar):
+    """pyautoattack on the images at the positions `only`, all at once: (the function (x, y, indices) -> x_adv that
+    looks its results up, {component: share of them standing after it}). Float32, whatever crafts the other attacks."""
+    x_adv, after = data.to_float(test.images), {}
+
+    def logits(x):
+        bar.update(len(x))
+        return model(x.contiguous(memory_format=torch.channels_last)).float()
+
+    def note(component, robust):
+        after[component] = robust.sum()
+        bar.set_postfix_str(f"{robust.float().mean():.1%} stand after {component}")
+
+    x_adv[only] = attacks.autoattack(
+        logits, x_adv[only], test.labels[only], epsilon=float(Fraction(params["epsilon"])), seed=params["seed"],
+        batch_size=params["batch_size"], components=params["components"], on_component=note)
+    return (lambda x, y, indices: x_adv[indices]), after
+
+
+def run_attack(model, forward, test, params, standing, args, bar, examples):
+    """(logits (N, K) of the attacked images, extra entries of the row); only the images at the positions `standing`
+    are attacked, the rows of the others are zero. Of several restarts each attacks what those before left standing."""
+    rank, world = cli.rank_and_world()
+    attack, cost, extra, logits = None, 1, {}, 0
+    if "components" in params:
+        attack, after = official_attack(model, test, standing[rank::world], params, bar)
+        extra["after"] = {k: cli.sum_over_processes(v).item() / len(test.labels) for k, v in after.items()}
+    elif params:
+        attack, cost = make_attack(forward, params), 1 + params["num_steps"]
+    for restart in range(params.get("restarts", 1)):
+        of_restart = functools.partial(attack, restart=restart) if restart else attack
+        size = args.batch_size if args.compile == "on" else min(args.batch_size, -(-len(standing) // world))
+        latest = cli.sum_over_processes(attacks.attacked_logits(
+            model, test.images, test.labels, of_restart, size, lambda n: bar.update(n * cost), rank, world,
+            standing, examples))
+        logits = torch.where(latest.any(1, keepdim=True), latest, logits)
+        standing = standing[latest[standing].argmax(1) == test.labels[standing]]
+        if len(standing) == 0:
+            break
+    return logits, extra
 
 
 def evaluate(model, test, args, result, device):
     """Run the attacks of args on the test images and append their outcomes to result["attacks"]."""
     todo, (rank, world) = attack_list(args), cli.rank_and_world()
     model, test = model.to(device), test.to(device)
-    batch_size = min(args.batch_size, -(-len(test.labels) // world))
+    n = len(test.labels)
+    batch_size = min(args.batch_size, -(-n // world))
+    cost = [sum(attacks.COMPONENTS[c] for c in params["components"]) + 1 if "components" in params
+            else (1 + params.get("num_steps", 0)) * params.get("restarts", 1) for _, params in todo]
+    passes = sum(weight for (_, params), weight in zip(todo, cost, strict=True) if "components" not in params)
     x = data.to_float(test.images[:batch_size])
-    passes = sum(params.get("num_steps", 1) for _, params in todo) * len(test.labels) / batch_size / world
-    _, forward = cli.pick_forward(args, model, x, passes)
+    _, forward = cli.pick_forward(args, model, x, passes * n / batch_size / world)
     result |= {"precision": args.precision, "compile": args.compile}
-    cost = [1 + params.get("num_steps", 0) for _, params in todo]
-    with models.frozen(model), tqdm(total=sum(cost) * -(-len(test.labels) // world), unit="pass", unit_scale=True,
+    correct, logits, examples = torch.ones(n, dtype=torch.bool, device=device), None, None
+    saved = {"labels": test.labels.cpu().numpy()}
+    with models.frozen(model), tqdm(total=sum(cost) * -(-n // world), unit="pass", unit_scale=True,
                                     dynamic_ncols=True, disable=rank > 0) as bar:
         for (name, params), weight in zip(todo, cost, strict=True):
             bar.set_description(name)
-            start = time.perf_counter()
-            logits = cli.sum_over_processes(attacks.attacked_logits(
-                model, test.images, test.labels, make_attack(forward, params), batch_size,
-                lambda n, weight=weight: bar.update(n * weight), rank, world))
-            correct = (logits.argmax(1) == test.labels).cpu()
-            result["attacks"].append(outcome(name, params, correct, time.perf_counter() - start))
-            if args.json and rank == 0:
-                checkpoints.write_atomically(args.json, json.dumps(result, indent=1).encode())
+            start, begun = time.perf_counter(), bar.n
+            standing = correct.nonzero()[:, 0] if args.pool else torch.arange(n, device=device)
+            if args.save_images:
+                examples = torch.zeros(test.images.shape, device=device)
+            extra = {}
+            if len(standing):
+                latest, extra = run_attack(model, forward, test, params, standing, args, bar, examples)
+                logits = latest if logits is None else torch.where(latest.any(1, keepdim=True), latest, logits)
+            correct = logits.argmax(1) == test.labels
+            seconds = time.perf_counter() - start
+            result["attacks"].append(scores.outcome(name, params, correct.cpu(), seconds) | extra)
+            bar.update(begun + weight * -(-n // world) - bar.n)
+            bar.set_postfix_str(f"{name} {correct.float().mean():.1%}, {n / seconds:.0f} img/s")
+            if not params and correct.float().mean() <= 1.5 / logits.shape[1]:
+                bar.write(f"warning: {correct.float().mean():.1%} natural accuracy is near chance: probably wrong "
+                          "preprocessing (--normalize), or the labels are in another order", file=sys.stderr)
+            if args.save_examples:
+                saved[f"predictions/{name}"] = logits.argmax(1).cpu().numpy()
+                saved[f"margins/{name}"] = losses.margin(logits, test.labels).cpu().numpy()
+                if args.save_images:
+                    saved[f"images/{name}"] = cli.sum_over_processes(examples).cpu().numpy()
+            write(args, result, saved, rank)
+        attacked = [row for row in result["attacks"] if row["params"]]
+        if len(attacked) > 1 and not args.epsilons:
+            result["attacks"].append(scores.worst_case(attacked))
+        result["complete"] = True
+        write(args, result, saved, rank)
+
+
+def write(args, result, saved, rank):
+    if args.json and rank == 0:
+        checkpoints.write_atomically(args.json, json.dumps(result, indent=1).encode())
+    if args.save_examples and rank == 0:
+        checkpoints.write_atomically(args.save_examples, lambda file: np.savez_compressed(file, **saved))
 
 
 def main(argv=None):
@@ -189,7 +264,8 @@ def main(argv=None):
     with contextlib.ExitStack() as stack:
         try:
             device, rank, _ = stack.enter_context(cli.join_job(args.device))
-            model, info = checkpoints.load_model(args.model_path, arch=args.arch)
+            model, info = checkpoints.load_model(args.model_path, arch=args.arch, num_classes=args.num_classes,
+                                                 normalize=args.normalize)
             trained_on = info["args"]["dataset"] if "args" in info else None
             dataset = args.dataset or trained_on or {100: "cifar100"}.get(info["num_classes"], "cifar10")
             test = data.load(dataset, args.data_dir, train=False)
@@ -198,33 +274,27 @@ def main(argv=None):
                     f"{args.model_path} has {info['num_classes']} classes, {dataset} has {len(test.classes)}")
             if args.num_images and args.num_images > len(test.labels):
                 raise ValueError(f"--num-images {args.num_images}: {dataset} has {len(test.labels)} test images")
+            if {"apgd", "autoattack"} & set(args.attacks):
+                attacks.check_autoattack(info["num_classes"])
         except (ValueError, OSError) as error:
             parser.error(error)
         args.epsilon = args.epsilon or data.EPSILON.get(dataset, "8/255")
         test = test.subset(slice(args.num_images))
         result = {
             "model": describe(info, dataset), "n": len(test.labels), "epsilon": args.epsilon,
-            "device": device_name(device), "precision": args.precision, "batch_size": args.batch_size,
+            "device": cli.device_name(device), "precision": args.precision, "batch_size": args.batch_size,
             "versions": {"python": platform.python_version(), "torch": torch.__version__},
             "command": shlex.join(["python", "eval_attacks.py", *(sys.argv[1:] if argv is None else argv)]),
-            "attacks": [],
+            "complete": False, "attacks": [],
         }
-        evaluate(model, test, args, result, device)
+        try:
+            evaluate(model, test, args, result, device)
+        except KeyboardInterrupt:  # what is finished stands in the JSON already, marked as incomplete
+            print(scores.table(result))
+            sys.exit(130)
         if rank == 0:
-            print(table(result))
+            print(scores.table(result))
         return result
-
-
-def device_name(device):
-    """"NVIDIA H100 80GB HBM3", or the CPU's model and the number of threads."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name()
-    try:
-        lines = pathlib.Path("/proc/cpuinfo").read_text().splitlines()
-        model = next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        model = platform.processor() or platform.machine()
-    return f"{model}, {torch.get_num_threads()} threads"
 
 
 if __name__ == "__main__":

@@ -50,11 +50,16 @@ def kl_divergence(logits, p_ref):
     return F.kl_div(_log_softmax(logits), p_ref.detach().to(_log_softmax(logits).dtype), reduction="none").sum(1)
 
 
+def margin(logits, y):
+    """z_y - max_{k != y} z_k, (B,): below 0 where the model is wrong."""
+    logits = logits if logits.dtype == torch.float64 else logits.float()
+    return _true(logits, y) - _max_other(logits, y)
+
+
 def cw_margin(logits, y, kappa=50.0):
     """-max(z_y - max_{k != y} z_k + κ, 0), (B,): the CW-inf objective as the MART line of code runs it with PGD
     (Carlini and Wagner 2017 with confidence κ). An attack that reaches margin -κ stops moving."""
-    logits = logits if logits.dtype == torch.float64 else logits.float()
-    return -(_true(logits, y) - _max_other(logits, y) + kappa).clamp(min=0)
+    return -(margin(logits, y) + kappa).clamp(min=0)
 
 
 def boosted_cross_entropy(logits, y):

@@ -189,6 +189,19 @@ def build_model(name, num_classes=10):
     return constructor(*arguments, num_classes=num_classes).to(memory_format=torch.channels_last)
 
 
+class Normalised(nn.Module):
+    """model((x - mean) / std): so that every attack works on x in [0, 1]. mean, std: three numbers each."""
+
+    def __init__(self, model, mean, std):
+        super().__init__()
+        self.model = model
+        self.register_buffer("mean", torch.tensor(mean)[:, None, None])
+        self.register_buffer("std", torch.tensor(std)[:, None, None])
+
+    def forward(self, x):
+        return self.model((x - self.mean) / self.std)
+
+
 @contextlib.contextmanager
 def frozen(model):
     """Inside, the model is in eval mode and its parameters want no gradient: how an attack must see it. Afterwards

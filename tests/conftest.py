@@ -49,6 +49,17 @@ def cifar_dir():
     return folder
 
 
+@pytest.fixture(scope="session")
+def model_path(tmp_path_factory):
+    """A model that was trained on digits for some seconds, as train_cifar.py leaves it."""
+    import train_cifar
+
+    folder = tmp_path_factory.mktemp("run")
+    train_cifar.main(["--defense", "madry", "--dataset", "digits", "--epochs", "4", "--num-steps", "1",
+                      "--epsilon", "0.01", "--precision", "fp32", "--out-dir", str(folder)])
+    return folder / "best.pt"
+
+
 def fails_in_one_line(main, argv, capsys):
     """main(argv) must exit with status 2 after one line on stderr; returns the line."""
     with pytest.raises(SystemExit) as exit_info:

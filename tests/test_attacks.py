@@ -191,3 +191,21 @@ def test_attacked_logits_do_not_depend_on_the_batch_size(small_net, batch_size):
     expected = small_net(attack(pixels.float() / 255, y, torch.arange(7))).detach()
     torch.testing.assert_close(logits, expected, rtol=0, atol=1e-5)
     assert sum(seen) == 7
+
+
+def test_worst_iterate_keeps_what_the_attack_passes_by():
+    """A model that is wrong only where the mean is near 0.5, and an attack that runs past it from 0.3 to 0.8."""
+    x, y = torch.full((2, 3, 4, 4), 0.3), torch.zeros(2, dtype=torch.long)
+    x[1] = 0.7  # it moves away from 0.5: its start is its worst
+
+    def model(x):
+        mean = x.mean((1, 2, 3))
+        return torch.stack([(mean - 0.5) ** 2, torch.full_like(mean, 0.01), mean], 1)
+
+    def attack(watched):
+        return attacks.pgd(watched, x, y, lambda logits, y: logits[:, 2], epsilon=0.5, step_size=0.125, num_steps=4,
+                           random_start="none")
+
+    worst = attacks.worst_iterate(attack, model, lambda logits: logits[:, 0] - logits[:, 1])
+    torch.testing.assert_close(worst.mean((1, 2, 3)), torch.tensor([0.55, 0.7]))
+    torch.testing.assert_close(attack(model).mean((1, 2, 3)), torch.tensor([0.8, 1.0]))

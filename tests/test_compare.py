@@ -10,7 +10,7 @@ from conftest import fails_in_one_line
 from scipy.stats import binomtest
 
 import compare
-import eval_attacks
+import scores
 
 
 def outcomes(n, gained, lost, both, seed=0):
@@ -50,7 +50,7 @@ def results(tmp_path):
     g = torch.Generator().manual_seed(0)
     paths = []
     for name in "AB":
-        rows = [eval_attacks.outcome("PGD-20", {"epsilon": "8/255"}, torch.rand(77, generator=g) < 0.5, 1.0)]
+        rows = [scores.outcome("PGD-20", {"epsilon": "8/255"}, torch.rand(77, generator=g) < 0.5, 1.0)]
         result = {"model": {"dataset": "cifar10"}, "n": 77, "attacks": rows}
         paths.append(tmp_path / f"{name}.json")
         paths[-1].write_text(json.dumps(result))
@@ -59,7 +59,7 @@ def results(tmp_path):
 
 def test_the_masks_survive_the_json(results, capsys):
     differences = compare.main([str(path) for path in results])
-    first, second = (compare.read(path)["attacks"][0] for path in results)
+    first, second = (scores.read(path)["attacks"][0] for path in results)
     d = differences["PGD-20"]
     assert d["gained"] - d["lost"] == second["correct"] - first["correct"]
     assert f"{100 * d['difference']:+.2f}" in capsys.readouterr().out

@@ -15,17 +15,9 @@ import checkpoints
 import data
 import eval_attacks
 import models
-import train_cifar
+import scores
 
 SMALL = ["--num-images", "24", "--precision", "fp32", "--compile", "off", "--num-steps", "3", "--cw-steps", "4"]
-
-
-@pytest.fixture(scope="module")
-def model_path(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("run")
-    train_cifar.main(["--defense", "madry", "--dataset", "digits", "--epochs", "4", "--num-steps", "1",
-                      "--epsilon", "0.01", "--precision", "fp32", "--out-dir", str(folder)])
-    return folder / "best.pt"
 
 
 def mask(row):
@@ -52,9 +44,10 @@ def test_accuracies_equal_a_loop_written_out(model_path):
         "PGD-3-LS 0.2": (lambda z, y, _: F.cross_entropy(z, y, label_smoothing=0.2 * 10 / 9), 3, epsilon / 10),
         "PGD-3-LS 1": (lambda z, y, _: -(z.log_softmax(1).sum() - z.log_softmax(1)[0, y[0]]) / 9, 3, epsilon / 10),
     }
-    assert [row["name"] for row in result["attacks"]] == ["Natural", *objectives]
+    assert [row["name"] for row in result["attacks"]] == ["Natural", *objectives, "Worst case"]
     assert len({row["correct"] for row in result["attacks"]}) > 3  # the attacks differ on this model
-    for row in result["attacks"]:
+    assert np.array_equal(mask(result["attacks"][-1]), np.all([mask(row) for row in result["attacks"][1:-1]], axis=0))
+    for row in result["attacks"][:-1]:
         correct, x_advs = [], []
         for i in range(24):
             x, y = test.images[i : i + 1] / 255, test.labels[i : i + 1]
@@ -96,7 +89,7 @@ def test_json_holds_what_the_reader_needs(model_path, tmp_path, capsys):
     assert result["model"]["sha256"] == checkpoints.sha256(model_path) and result["n"] == 24
     assert result["command"] == " ".join(["python", "eval_attacks.py", *argv])
     rows = {row["name"]: row for row in result["attacks"]}
-    assert list(rows) == ["Natural", "FGSM", "PGD-3", "CW-inf"]
+    assert list(rows) == ["Natural", "FGSM", "PGD-3", "CW-inf", "Worst case"] and result["complete"]
     assert rows["PGD-3"]["params"] == {"objective": "ce", "epsilon": "0.05", "step_size": "1/200", "num_steps": 3,
                                        "random_start": "uniform", "seed": 0}
     assert rows["CW-inf"]["params"]["kappa"] == 50 and rows["CW-inf"]["params"]["num_steps"] == 4
@@ -110,18 +103,18 @@ def test_wilson_against_scipy():
 
     for correct, n in ((0, 24), (24, 24), (5, 24), (5214, 10000)):
         expected = binomtest(correct, n).proportion_ci(method="wilson")
-        assert eval_attacks.wilson(correct, n) == pytest.approx((expected.low, expected.high), abs=1e-6)
+        assert scores.wilson(correct, n) == pytest.approx((expected.low, expected.high), abs=1e-6)
 
 
 def test_the_papers_row_stands_under_its_settings():
     result = {"model": {"path": "m.pt", "arch": "wrn-34-10", "dataset": "cifar10", "defense": "mart", "spat_alpha": 0.3,
-                        "epochs": 90, "seed": 1}, "n": 10, "epsilon": "8/255", "precision": "fp32",
-              "attacks": [eval_attacks.outcome("Natural", {}, torch.tensor([True] * 8 + [False] * 2), 1.0)]}
-    assert "Natural 81.93  FGSM 61.87  PGD-20 59.59  CW-inf 51.57" in eval_attacks.table(result)
-    assert " 80.00%   49.02 - 94.33 " in eval_attacks.table(result)
+                        "epochs": 90, "seed": 1}, "n": 10, "complete": True, "epsilon": "8/255", "precision": "fp32",
+              "attacks": [scores.outcome("Natural", {}, torch.tensor([True] * 8 + [False] * 2), 1.0)]}
+    assert "Natural 81.93  FGSM 61.87  PGD-20 59.59  CW-inf 51.57" in scores.table(result)
+    assert " 80.00%   49.02 - 94.33 " in scores.table(result)
     for change in (dict(spat_alpha=0.2), dict(dataset="cifar100"), dict(defense="madry")):
-        assert "paper" not in eval_attacks.table(result | {"model": result["model"] | change})
-    assert "paper" not in eval_attacks.table(result | {"epsilon": "4/255"})
+        assert "paper" not in scores.table(result | {"model": result["model"] | change})
+    assert "paper" not in scores.table(result | {"epsilon": "4/255"})
 
 
 def test_bad_flags(model_path, tmp_path, capsys, monkeypatch):
@@ -156,3 +149,149 @@ def test_evaluation_defaults_are_the_papers(model_path):
     assert [name for name, _ in rows] == ["Natural", "FGSM", "PGD-20", "CW-inf"]
     assert rows[2][1]["num_steps"] == 20 and Fraction(rows[2][1]["step_size"]) == Fraction(8, 2550)
     assert rows[3][1]["num_steps"] == 30 and rows[3][1]["kappa"] == 50 and rows[1][1]["random_start"] == "none"
+
+
+def rows_of(model_path, *flags):
+    result = eval_attacks.main(["--model-path", str(model_path), *SMALL, *flags])
+    return {row["name"]: row for row in result["attacks"]}
+
+
+def test_restarts_break_what_any_of_them_breaks(model_path):
+    flags = ["--attacks", "pgd", "cw", "--epsilon", "0.02", "--num-images", "100", "--restarts"]
+    one, three = (rows_of(model_path, *flags, restarts) for restarts in "13")
+    model, _ = checkpoints.load_model(model_path)
+    test = data.load("digits", train=False).subset(slice(100))
+    for name in ("PGD-3", "CW-inf"):
+        with models.frozen(model):
+            attack = eval_attacks.make_attack(model, one[name]["params"])
+            right = [model(attack(test.images / 255, test.labels, torch.arange(100), restart)).argmax(1) == test.labels
+                     for restart in range(3)]
+        assert np.array_equal(mask(one[name]), right[0].numpy())
+        assert np.array_equal(mask(three[f"{name} x3"]), torch.stack(right).all(0).numpy())
+        assert three[f"{name} x3"]["params"]["restarts"] == 3
+    assert three["CW-inf x3"]["correct"] < one["CW-inf"]["correct"]  # here the second and the third start find more
+
+
+def test_any_step_takes_the_worst_iterate(model_path):
+    """Against PGD with 0, 1, ... steps from the same start, as each of these is one iterate."""
+    row = rows_of(model_path, "--attacks", "pgd", "--any-step", "--step-size", "0.05")["PGD-3 any step"]
+    model, _ = checkpoints.load_model(model_path)
+    test = data.load("digits", train=False).subset(slice(24))
+    x = test.images / 255
+    start = attacks.start_per_image("uniform", x, 0.05, torch.arange(24))
+    right = []
+    with models.frozen(model):
+        for steps in range(4):
+            x_adv = attacks.pgd(model, x, test.labels, lambda z, y: F.cross_entropy(z, y, reduction="none"),
+                                epsilon=0.05, step_size=0.05, num_steps=steps, random_start=start)
+            right.append(model(x_adv).argmax(1) == test.labels)
+    assert np.array_equal(mask(row), torch.stack(right).all(0).numpy()) and row["params"]["any_step"] is True
+
+
+def test_the_pool_shrinks(model_path, monkeypatch):
+    """Each attack sees what the ones before left standing, and its row is what all of them leave."""
+    apart = rows_of(model_path, "--attacks", "natural", "fgsm", "pgd", "cw")
+    seen, real = [], attacks.attacked_logits
+    monkeypatch.setattr(attacks, "attacked_logits", lambda *a: (seen.append(len(a[8])), real(*a))[1])
+    pooled = rows_of(model_path, "--attacks", "natural", "fgsm", "pgd", "cw", "--pool", "--batch-size", "7")
+    standing = np.ones(24, bool)
+    for (name, row), asked in zip(pooled.items(), [*seen, None], strict=True):
+        assert asked in (None, standing.sum())
+        standing &= mask(apart[name])
+        assert np.array_equal(mask(row), standing), name
+    assert pooled["PGD-3"]["params"]["pool"] and "pool" not in apart["PGD-3"]["params"]
+    assert 0 < standing.sum() < mask(apart["Natural"]).sum()
+
+
+def test_a_pool_that_runs_empty(model_path):
+    rows = rows_of(model_path, "--attacks", "natural", "pgd", "fgsm", "cw", "--pool", "--epsilon", "1")
+    assert [row["correct"] for row in rows.values()][-3:] == [0, 0, 0]
+
+
+def test_sweeps_are_rows(model_path):
+    rows = rows_of(model_path, "--attacks", "natural", "pgd", "pgd-ls", "--alphas", "0", "1", "--epsilons", "0.01",
+                   "1/20", "--steps-sweep", "1", "4")
+    assert list(rows) == ["Natural"] + [f"{name} ε {e}" for e in ("0.01", "1/20") for name in (
+        "PGD-1", "PGD-4", "PGD-1-LS 0", "PGD-1-LS 1", "PGD-4-LS 0", "PGD-4-LS 1")]
+    one = rows["PGD-4-LS 0 ε 1/20"]
+    assert one["params"]["step_size"] == "1/200" and one["params"]["num_steps"] == 4 and one["params"]["alpha"] == 0
+    assert one["correct_mask"] == rows["PGD-4 ε 1/20"]["correct_mask"]  # LSCE with α = 0 is CE
+    single = rows_of(model_path, "--attacks", "pgd", "--epsilon", "0.01", "--num-steps", "4")
+    assert single["PGD-4"]["correct_mask"] == rows["PGD-4 ε 0.01"]["correct_mask"]
+
+
+def test_confidences_of_cw(model_path):
+    rows = rows_of(model_path, "--attacks", "cw", "--kappas", "50", "0")
+    assert [row["params"]["kappa"] for row in rows.values() if "kappa" in row["params"]] == [50, 0]
+    assert list(rows) == ["CW-inf", "CW-inf κ 0", "Worst case"]
+
+
+@pytest.mark.parametrize(("protocol", "expected"), [
+    ("paper", {"epsilon": "0.05", "step_size": "1/200", "num_steps": 20}),
+    ("rst", {"epsilon": "0.031", "step_size": "0.003", "num_steps": 20}),
+    ("rst-restarts", {"epsilon": "0.031", "step_size": "0.01", "num_steps": 40, "restarts": 5, "any_step": True}),
+])
+def test_protocols(protocol, expected):
+    _, args = eval_attacks.parse_args(["--model-path", "m.pt", "--protocol", protocol])
+    args.epsilon = args.epsilon or "0.05"
+    params = next(params for name, params in eval_attacks.attack_list(args) if name.startswith("PGD"))
+    assert params == {"objective": "ce", "random_start": "uniform", "seed": 0} | expected
+    _, args = eval_attacks.parse_args(["--model-path", "m.pt", "--protocol", protocol, "--num-steps", "7"])
+    assert args.num_steps == 7
+
+
+def test_saved_examples(model_path, tmp_path):
+    path = tmp_path / "examples.npz"
+    rows = rows_of(model_path, "--attacks", "natural", "pgd", "--restarts", "2", "--save-images",
+                   "--save-examples", str(path))
+    saved = np.load(path)
+    test = data.load("digits", train=False).subset(slice(24))
+    x, y = test.images.numpy() / 255, test.labels.numpy()
+    assert np.array_equal(saved["labels"], y)
+    model, _ = checkpoints.load_model(model_path)
+    for name in ("Natural", "PGD-3 x2"):
+        with torch.no_grad():
+            logits = model(torch.from_numpy(saved[f"images/{name}"])).numpy()
+        assert np.array_equal(saved[f"predictions/{name}"], logits.argmax(1))
+        assert np.array_equal(saved[f"predictions/{name}"] == y, mask(rows[name]))
+        other = np.where(np.eye(10, dtype=bool)[y], -np.inf, logits).max(1)
+        np.testing.assert_allclose(saved[f"margins/{name}"], logits[np.arange(24), y] - other, atol=1e-4)
+    assert np.abs(saved["images/Natural"] - x).max() < 1e-6
+    assert 0.045 < np.abs(saved["images/PGD-3 x2"] - x).max() < 0.05 + 1e-6
+
+
+def test_ctrl_c_keeps_what_is_finished(model_path, tmp_path, monkeypatch, capsys):
+    real = eval_attacks.run_attack
+
+    def interrupted(model, forward, test, params, *rest):
+        if params.get("objective") == "cw":
+            raise KeyboardInterrupt
+        return real(model, forward, test, params, *rest)
+
+    monkeypatch.setattr(eval_attacks, "run_attack", interrupted)
+    with pytest.raises(SystemExit) as exit_info:
+        eval_attacks.main(["--model-path", str(model_path), *SMALL, "--json", str(tmp_path / "r.json")])
+    assert exit_info.value.code == 130
+    result = scores.read(tmp_path / "r.json")
+    assert result["complete"] is False and [row["name"] for row in result["attacks"]] == ["Natural", "FGSM", "PGD-3"]
+    printed = capsys.readouterr().out
+    assert "INCOMPLETE" in printed and "PGD-3" in printed and "CW" not in printed
+
+
+def test_a_natural_accuracy_near_chance_is_named(model_path, tmp_path, capsys):
+    torch.manual_seed(0)
+    torch.save(models.build_model("wrn-10-1", 10).state_dict(), tmp_path / "m.pt")
+    eval_attacks.main(["--model-path", str(tmp_path / "m.pt"), "--dataset", "digits", *SMALL, "--attacks", "natural"])
+    assert "probably wrong preprocessing" in capsys.readouterr().err
+    rows_of(model_path, "--attacks", "natural")
+    assert "preprocessing" not in capsys.readouterr().err
+
+
+def test_more_bad_flags(model_path, tmp_path, capsys):
+    for argv in (
+        ["--restarts", "2", "--random-start", "none"], ["--pool", "--epsilons", "0.1", "0.2"], ["--save-images"],
+        ["--save-examples", "no/such/folder.npz"], ["--normalize", "0.5,0.5", "0.5,0.5,0.5"], ["--protocol", "mine"],
+        ["--normalize", "0,0,0", "1,1,0"], ["--normalize", "0,0,0"], ["--steps-sweep", "0"], ["--epsilons", "2"],
+        ["--kappas", "x"], ["--num-classes", "9"], ["--restarts", "0"],
+    ):
+        fails_in_one_line(eval_attacks.main, ["--model-path", model_path, *argv], capsys)

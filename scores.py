@@ -1,0 +1,84 @@
+"""The JSON of an evaluation: its entries, its reading, its table. Shared by the scripts that write and compare it."""
+
+import json
+from fractions import Fraction
+
+import numpy as np
+import torch
+
+# Table 3 of the paper, WRN-34-10 at ε 8/255: (data set, defense, α) -> Natural, FGSM, PGD-20, CW-inf
+TABLE_3 = {
+    ("cifar10", "madry", None): (84.39, 59.93, 56.37, 54.14),
+    ("cifar10", "trades", None): (85.97, 62.29, 57.32, 54.38),
+    ("cifar10", "mart", None): (83.70, 61.93, 58.46, 53.28),
+    ("cifar10", "trades", 0.1): (84.60, 61.46, 58.22, 54.97),
+    ("cifar10", "mart", 0.3): (81.93, 61.87, 59.59, 51.57),
+    ("cifar100", "madry", None): (61.77, 34.42, 31.51, 30.10),
+    ("cifar100", "trades", None): (57.13, 32.90, 31.02, 28.07),
+    ("cifar100", "mart", None): (58.56, 36.46, 34.12, 30.16),
+    ("cifar100", "trades", 0.1): (55.54, 33.35, 31.20, 28.14),
+    ("cifar100", "mart", 0.2): (60.28, 36.91, 34.66, 30.93),
+}
+
+
+def wilson(correct, n, z=1.959964):
+    """The 95 % Wilson score interval of a share, as (low, high) in [0, 1]."""
+    p = correct / n
+    middle, half = p + z * z / (2 * n), z * (p * (1 - p) / n + z * z / (4 * n * n)) ** 0.5
+    return (middle - half) / (1 + z * z / n), (middle + half) / (1 + z * z / n)
+
+
+def outcome(name, params, correct_mask, seconds=0.0):
+    """One attack's entry in the JSON, from which images are still classified correctly, (n,) bool."""
+    n, correct = len(correct_mask), int(correct_mask.sum())
+    return {"name": name, "params": params, "n": n, "correct": correct, "accuracy": correct / n,
+            "interval": wilson(correct, n), "seconds": round(seconds, 2),
+            "correct_mask": np.packbits(correct_mask.numpy()).tobytes().hex()}
+
+
+def table(result):
+    """The result as text, for the screen."""
+    model = result["model"]
+    spat = "" if model["spat_alpha"] is None else f" + SPAT (α {model['spat_alpha']:g})"
+    trained = f", {model['defense']}{spat}, {model['epochs']} epochs, seed {model['seed']}" if model["defense"] else ""
+    lines = [f"{model['path']}: {model['arch']} on {model['dataset']}{trained}",
+             f"the first {result['n']} test images; attacks at ε {result['epsilon']} crafted in {result['precision']}"
+             + ("" if result["complete"] else "; INCOMPLETE, it was stopped"),
+             "",
+             f"{'attack':<16} {'correct':>13} {'accuracy':>9}   95 % interval   {'seconds':>7}"]
+    for row in result["attacks"]:
+        low, high = row["interval"]
+        lines.append(f"{row['name']:<16} {row['correct']:>6}/{row['n']:<6} {row['accuracy']:>8.2%}   "
+                     f"{100 * low:5.2f} - {100 * high:5.2f}   {row['seconds']:>7.0f}")
+        lines += [f"  after {name:<10} {'':>13} {share:>8.2%}" for name, share in row.get("after", {}).items()]
+    paper = TABLE_3.get((model["dataset"], model["defense"], model["spat_alpha"]))
+    if paper and Fraction(result["epsilon"]) == Fraction(8, 255):
+        names = ("Natural", "FGSM", "PGD-20", "CW-inf")
+        row = "  ".join(f"{name} {value:.2f}" for name, value in zip(names, paper, strict=True))
+        lines.append("paper, Table 3 (WRN-34-10): " + row)
+    return "\n".join(lines)
+
+
+def correct_mask(row):
+    """The outcome per image, (n,) bool, of an attack's entry in the JSON."""
+    bits = np.frombuffer(bytes.fromhex(row["correct_mask"]), np.uint8)
+    return np.unpackbits(bits)[: row["n"]].astype(bool)
+
+
+def worst_case(rows):
+    """The entry in the JSON of the images that every one of these attacks left standing."""
+    masks = [correct_mask(row) for row in rows]
+    return outcome("Worst case", {"of": [row["name"] for row in rows]}, torch.from_numpy(np.logical_and.reduce(masks)))
+
+
+def read(path):
+    """A result of eval_attacks.py; raises ValueError if the file is not one."""
+    try:
+        with open(path, encoding="utf-8") as file:
+            result = json.load(file)
+        names = [(row["name"], row["params"], correct_mask(row)) for row in result["attacks"]]
+        if all(len(mask) == result["n"] for _, _, mask in names) and result["model"]["dataset"]:
+            return result
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path}: not a result of eval_attacks.py ({type(error).__name__})") from None
+    raise ValueError(f"{path}: not a result of eval_attacks.py (its masks do not fit its n)")

@@ -1,0 +1,139 @@
+"""The adapter of AutoAttack and the evaluation that uses it, against calling pyautoattack directly."""
+
+import random
+import sys
+
+import numpy as np
+import pyautoattack
+import pytest
+import torch
+from conftest import SmallNet, fails_in_one_line
+from test_eval import SMALL, mask
+
+import attacks
+import checkpoints
+import data
+import eval_attacks
+import models
+
+EPSILON = 0.03
+
+
+@pytest.fixture(autouse=True)
+def cut_budget(monkeypatch):
+    """A tenth of AutoAttack's steps, for the adapter and the direct call alike."""
+    set_version = pyautoattack.AutoAttack._set_version
+
+    def cut(self, version="standard"):
+        set_version(self, version)
+        self.apgd.n_iter = self.apgd_targeted.n_iter = self.fab.n_iter = 10
+        self.square.n_queries = 100
+
+    monkeypatch.setattr(pyautoattack.AutoAttack, "_set_version", cut)
+
+
+def net_and_images(num_classes, n=12):
+    """A net that is right on most of the images it is shown: their labels are its own but for two."""
+    torch.manual_seed(0)
+    net = SmallNet(num_classes).eval()
+    x = torch.rand(n, 3, 8, 8)
+    x[x < 0.1], x[x > 0.9] = 0.0, 1.0
+    y = net(x).argmax(1)
+    y[:2] = (y[:2] + 1) % num_classes
+    return net, x, y
+
+
+def direct(net, x, y, components=None, batch_size=5):
+    """pyautoattack as its README calls it."""
+    official = pyautoattack.AutoAttack(net, eps=EPSILON, norm="Linf", seed=0, version="standard")
+    if components:
+        official.attacks_to_run = components
+    official.apgd_targeted.n_target_classes = official.fab.n_target_classes = min(9, net.head[-1].out_features - 1)
+    with torch.random.fork_rng():
+        return official.run_standard_evaluation(x, y, batch_size=batch_size)[0]
+
+
+@pytest.mark.parametrize("num_classes", [4, 10, 100])
+@pytest.mark.parametrize("components", [None, ["apgd-ce", "apgd-t"]])
+def test_equal_to_calling_pyautoattack(num_classes, components):
+    net, x, y = net_and_images(num_classes)
+    seen = {}
+    x_adv = attacks.autoattack(net, x.contiguous(memory_format=torch.channels_last), y, epsilon=EPSILON, batch_size=5,
+                               components=components, on_component=seen.__setitem__)
+    assert torch.equal(x_adv, direct(net, x, y, components))
+    broken = net(x_adv).argmax(1) != y
+    assert torch.equal(x_adv[:2], x[:2]) and 2 < broken.sum()  # wrong already, hence not attacked; and others fell
+    assert list(seen) == (components or ["apgd-ce", "apgd-t", "fab-t", "square"])
+    shares = [robust.float().mean() for robust in seen.values()]
+    assert shares == sorted(shares, reverse=True) and torch.equal(list(seen.values())[-1], ~broken)
+    assert (x_adv - x).abs().max() <= EPSILON + 1e-6 and 0 <= x_adv.min() and x_adv.max() <= 1
+
+
+def test_everything_is_left_as_found():
+    net, x, y = net_and_images(5)
+    net.train()
+    net.norm.eval()
+    net.conv.bias.requires_grad_(False)
+    net.conv.weight.grad = torch.ones_like(net.conv.weight)
+    modes, wants = [m.training for m in net.modules()], [p.requires_grad for p in net.parameters()]
+    torch.manual_seed(5), random.seed(5), np.random.seed(5)
+    states = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].tolist()
+
+    def trace(frame, event, arg):
+        return None
+
+    before = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        attacks.autoattack(net, x, y, epsilon=EPSILON, batch_size=12)
+        assert sys.gettrace() is trace
+    finally:
+        sys.settrace(before)
+    assert torch.equal(states[0], torch.get_rng_state()) and states[1] == random.getstate()
+    assert states[2] == np.random.get_state()[1].tolist()
+    assert [m.training for m in net.modules()] == modes and [p.requires_grad for p in net.parameters()] == wants
+    assert torch.equal(net.conv.weight.grad, torch.ones_like(net.conv.weight))
+    assert net.head[1].weight.grad is None and not x.requires_grad and x.grad is None
+
+
+def test_the_seed_decides():
+    net, x, y = net_and_images(5)
+    runs = [attacks.autoattack(net, x, y, epsilon=0.1, batch_size=12, seed=seed, components=["square"])
+            for seed in (0, 0, 1)]
+    assert torch.equal(runs[0], runs[1]) and not torch.equal(runs[0], runs[2])
+
+
+def test_what_is_refused(tmp_path, capsys):
+    net, x, y = net_and_images(3)
+    with pytest.raises(ValueError, match="at least 4 classes, not 3"):
+        attacks.autoattack(net, x, y, epsilon=EPSILON, batch_size=4)
+    net, x, y = net_and_images(5)
+    with pytest.raises(ValueError, match="apgd-dlr"):
+        attacks.autoattack(net, x, y, epsilon=EPSILON, batch_size=4, components=["apgd-dlr"])
+    for part in ("train", "test"):
+        for label in "abc":
+            (tmp_path / part / label).mkdir(parents=True)
+            data.Image.fromarray(np.zeros((32, 32, 3), np.uint8)).save(tmp_path / part / label / "0.png")
+    torch.save(models.build_model("wrn-10-1", 3).state_dict(), tmp_path / "m.pt")
+    argv = ["--model-path", tmp_path / "m.pt", "--dataset", tmp_path, "--attacks", "autoattack"]
+    assert "at least 4 classes, not 3" in fails_in_one_line(eval_attacks.main, argv, capsys)
+
+
+def test_the_row_of_the_evaluation(model_path, capsys):
+    """Equal to the adapter on the same images; the share after each component; never called AutoAttack if it is not."""
+    result = eval_attacks.main(["--model-path", str(model_path), *SMALL, "--attacks", "natural", "apgd", "autoattack",
+                                "--precision", "bf16", "--batch-size", "16"])
+    names = [row["name"] for row in result["attacks"]]
+    assert names == ["Natural", "APGD-CE + APGD-T", "AutoAttack", "Worst case"]
+    model, _ = checkpoints.load_model(model_path)
+    test = data.load("digits", train=False).subset(slice(24))
+    with models.frozen(model):
+        x_adv = attacks.autoattack(model, test.images / 255, test.labels, epsilon=0.05, batch_size=16)
+    expected = (model(x_adv).argmax(1) == test.labels).numpy()
+    row = result["attacks"][2]
+    assert np.array_equal(mask(row), expected) and 0 < expected.sum() < mask(result["attacks"][0]).sum()
+    assert list(row["after"]) == ["apgd-ce", "apgd-t", "fab-t", "square"]
+    assert row["after"]["square"] == row["accuracy"]
+    assert row["params"] == {"components": ["apgd-ce", "apgd-t", "fab-t", "square"], "epsilon": "0.05", "seed": 0,
+                             "batch_size": 16, "version": "standard"}
+    assert "after fab-t" in capsys.readouterr().out
