@@ -97,8 +97,8 @@ def test_everything_is_left_as_found():
 
 
 def test_the_seed_decides():
-    net, x, y = net_and_images(5)
-    runs = [attacks.autoattack(net, x, y, epsilon=0.1, batch_size=12, seed=seed, components=["square"])
+    net, x, y = net_and_images(10)
+    runs = [attacks.autoattack(net, x, y, epsilon=EPSILON, batch_size=12, seed=seed, components=["square"])
             for seed in (0, 0, 1)]
     assert torch.equal(runs[0], runs[1]) and not torch.equal(runs[0], runs[2])
 
