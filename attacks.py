@@ -158,6 +158,16 @@ def autoattack(model, x, y, *, epsilon, batch_size, seed=0, components=None, on_
     return x_adv
 
 
+def square(model, x, y, *, epsilon, num_queries, seed=0):
+    """Square (Andriushchenko et al. 2020), which needs no gradient, by pyautoattack with any number of queries."""
+    from pyautoattack.square import SquareAttack
+
+    with _left_as_found(model, x.device), torch.no_grad():
+        attack = SquareAttack(model, p_init=0.8, n_queries=num_queries, eps=epsilon, norm="Linf", seed=seed,
+                              device=x.device, resc_schedule=False)
+        return attack.perturb(x.contiguous(), y)
+
+
 def attacked_logits(model, images, labels, attack=None, batch_size=256, progress=lambda n: None, rank=0, world=1,
                     only=None, examples=None):
     """The model's float32 logits (N, K) for attacked images: what every accuracy is counted from.

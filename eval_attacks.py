@@ -36,10 +36,28 @@ PROTOCOLS = {  # flags that stand for a published evaluation; a typed one wins
                          any_step=True),
 }
 
+
+def add_model_flags(parser):
+    """What a model is evaluated on, here and in audit.py."""
+    add = parser.add_argument
+    add("--model-path", required=True, metavar="FILE", help="a checkpoint of train_cifar.py, or a released state dict")
+    add("--num-images", type=cli.positive_int, metavar="N", help="the first N test images (default: all)")
+    add("--seed", type=cli.natural_int, default=0, help="of the random starts (default: 0)")
+    add("--dataset", help="cifar10, cifar100, digits or a folder (default: the one the model was trained on)")
+    add("--data-dir", default="data", metavar="DIR", help="where CIFAR is, or is downloaded to (default: data)")
+    add("--arch", help="refuse the file if it holds another architecture (default: take what it holds)")
+    add("--num-classes", type=cli.positive_int, help="refuse the file if it has another number (default: as it has)")
+    add("--normalize", nargs=2, type=cli.three_numbers, metavar=("MEAN", "STD"),
+        help="of a released model that was trained on normalised images and does not hold them, such as "
+        "0.4914,0.4822,0.4465 0.2471,0.2435,0.2616 (default: none)")
+    add("--json", metavar="FILE", help="write the result there, after every attack (default: no file)")
+    cli.add_runtime_flags(parser, default="auto")
+
+
 def parse_args(argv=None):
     parser = cli.Parser(prog="eval_attacks.py", description=__doc__)
     add = parser.add_argument
-    add("--model-path", required=True, metavar="FILE", help="a checkpoint of train_cifar.py, or a released state dict")
+    add_model_flags(parser)
     add("--attacks", nargs="+", choices=ATTACKS, default=["natural", "fgsm", "pgd", "cw"], metavar="ATTACK",
         help=f"of {', '.join(ATTACKS)} (default: natural fgsm pgd cw, the columns of the paper's Table 3); apgd is "
         "APGD-CE and APGD-T, the first half of AutoAttack")
@@ -62,19 +80,8 @@ def parse_args(argv=None):
     add("--any-step", action="store_true", help="of pgd*, cw: ... or if any step on the way does (RST's rule)")
     add("--pool", action="store_true",
         help="attack only the images that the attacks before left standing; a row then is what all up to it leave")
-    add("--num-images", type=cli.positive_int, metavar="N", help="the first N test images (default: all)")
     add("--batch-size", type=cli.positive_int, default=256,
         help="alters the result of apgd and autoattack only (default: 256)")
-    add("--seed", type=cli.natural_int, default=0, help="of the random starts (default: 0)")
-    add("--dataset", help="cifar10, cifar100, digits or a folder (default: the one the model was trained on)")
-    add("--data-dir", default="data", metavar="DIR", help="where CIFAR is, or is downloaded to (default: data)")
-    add("--arch", help="refuse the file if it holds another architecture (default: take what it holds)")
-    add("--num-classes", type=cli.positive_int, help="refuse the file if it has another number (default: as it has)")
-    add("--normalize", nargs=2, type=cli.three_numbers, metavar=("MEAN", "STD"),
-        help="of a released model that was trained on normalised images and does not hold them, such as "
-        "0.4914,0.4822,0.4465 0.2471,0.2435,0.2616 (default: none)")
-    cli.add_runtime_flags(parser, default="auto")
-    add("--json", metavar="FILE", help="write the result there, after every attack (default: no file)")
     add("--save-examples", metavar="FILE", help="write each image's predictions and margins to this .npz")
     add("--save-images", action="store_true", help="put the attacked images into it, float32, 12 kB each")
     parser.set_defaults(**PROTOCOLS[parser.parse_args(argv).protocol])
@@ -86,13 +93,11 @@ def parse_args(argv=None):
         (args.restarts > 1 and args.random_start == "none", "--restarts: without a random start all are the same"),
         (args.pool and args.epsilons, "--pool: an image broken at one radius may stand at another of --epsilons"),
         (args.save_images and not args.save_examples, "--save-images goes with --save-examples"),
-        (args.normalize and min(args.normalize[1]) <= 0, "--normalize: a standard deviation must be above 0"),
+        (args.save_examples and not pathlib.Path(args.save_examples).resolve().parent.is_dir(),
+         f"--save-examples {args.save_examples}: its folder does not exist"),
     ):
         if wrong:
             parser.error(why)
-    for flag, path in (("--json", args.json), ("--save-examples", args.save_examples)):
-        if path and not pathlib.Path(path).resolve().parent.is_dir():
-            parser.error(f"{flag} {path}: its folder does not exist")
     return parser, args
 
 
@@ -143,24 +148,33 @@ def make_attack(forward, params):
             with torch.no_grad():
                 target = forward(x).float().softmax(1)
 
-        def margin(logits):
-            return losses.margin(logits, y)
-
         def iterate(model):
             return attacks.pgd(model, x, target, objective, epsilon=epsilon, random_start=start,
                                step_size=float(Fraction(params["step_size"])), num_steps=params["num_steps"])
 
-        return attacks.worst_iterate(iterate, forward, margin) if params.get("any_step") else iterate(forward)
+        if params.get("any_step"):
+            return attacks.worst_iterate(iterate, forward, functools.partial(losses.margin, y=y))
+        return iterate(forward)
 
     return attack
 
 
-def describe(info, dataset):
-    """What the JSON says of the model."""
-    args = info.get("args", {})
-    return {key: info[key] for key in ("path", "sha256", "arch", "normalize")} | {
-        "dataset": dataset, "defense": args.get("defense"), "spat_alpha": args.get("spat_alpha"),
-        "epochs": info.get("epoch"), "seed": args.get("seed"), "args": args}
+def load(args):
+    """(model, info, the test images asked for, the data set's name) by the flags above; raises ValueError."""
+    if args.json and not pathlib.Path(args.json).resolve().parent.is_dir():
+        raise ValueError(f"--json {args.json}: its folder does not exist")
+    if args.normalize and min(args.normalize[1]) <= 0:
+        raise ValueError("--normalize: a standard deviation must be above 0")
+    model, info = checkpoints.load_model(args.model_path, arch=args.arch, num_classes=args.num_classes,
+                                         normalize=args.normalize)
+    trained_on = info["args"]["dataset"] if "args" in info else None
+    dataset = args.dataset or trained_on or {100: "cifar100"}.get(info["num_classes"], "cifar10")
+    test = data.load(dataset, args.data_dir, train=False)
+    if len(test.classes) != info["num_classes"]:
+        raise ValueError(f"{args.model_path} has {info['num_classes']} classes, {dataset} has {len(test.classes)}")
+    if args.num_images and args.num_images > len(test.labels):
+        raise ValueError(f"--num-images {args.num_images}: {dataset} has {len(test.labels)} test images")
+    return model, info, test.subset(slice(args.num_images)), dataset
 
 
 def official_attack(model, test, only, params, bar):
@@ -207,17 +221,15 @@ def run_attack(model, forward, test, params, standing, args, bar, examples):
 
 def evaluate(model, test, args, result, device):
     """Run the attacks of args on the test images and append their outcomes to result["attacks"]."""
-    todo, (rank, world) = attack_list(args), cli.rank_and_world()
+    todo, (rank, world), n = attack_list(args), cli.rank_and_world(), len(test.labels)
     model, test = model.to(device), test.to(device)
-    n = len(test.labels)
     batch_size = min(args.batch_size, -(-n // world))
     cost = [sum(attacks.COMPONENTS[c] for c in params["components"]) + 1 if "components" in params
             else (1 + params.get("num_steps", 0)) * params.get("restarts", 1) for _, params in todo]
     passes = sum(weight for (_, params), weight in zip(todo, cost, strict=True) if "components" not in params)
-    x = data.to_float(test.images[:batch_size])
-    _, forward = cli.pick_forward(args, model, x, passes * n / batch_size / world)
+    _, forward = cli.pick_forward(args, model, data.to_float(test.images[:batch_size]), passes * n / batch_size / world)
     result |= {"precision": args.precision, "compile": args.compile}
-    correct, logits, examples = torch.ones(n, dtype=torch.bool, device=device), None, None
+    correct, logits = torch.ones(n, dtype=torch.bool, device=device), None
     saved = {"labels": test.labels.cpu().numpy()}
     with models.frozen(model), tqdm(total=sum(cost) * -(-n // world), unit="pass", unit_scale=True,
                                     dynamic_ncols=True, disable=rank > 0) as bar:
@@ -225,19 +237,17 @@ def evaluate(model, test, args, result, device):
             bar.set_description(name)
             start, begun = time.perf_counter(), bar.n
             standing = correct.nonzero()[:, 0] if args.pool else torch.arange(n, device=device)
-            if args.save_images:
-                examples = torch.zeros(test.images.shape, device=device)
-            extra = {}
+            examples, extra = torch.zeros(test.images.shape, device=device) if args.save_images else None, {}
             if len(standing):
                 latest, extra = run_attack(model, forward, test, params, standing, args, bar, examples)
                 logits = latest if logits is None else torch.where(latest.any(1, keepdim=True), latest, logits)
             correct = logits.argmax(1) == test.labels
             seconds = time.perf_counter() - start
             result["attacks"].append(scores.outcome(name, params, correct.cpu(), seconds) | extra)
-            bar.update(begun + weight * -(-n // world) - bar.n)
+            bar.update(begun + weight * -(-n // world) - bar.n)  # what was skipped
             bar.set_postfix_str(f"{name} {correct.float().mean():.1%}, {n / seconds:.0f} img/s")
-            if not params and correct.float().mean() <= 1.5 / logits.shape[1]:
-                bar.write(f"warning: {correct.float().mean():.1%} natural accuracy is near chance: probably wrong "
+            if not params and (accuracy := correct.float().mean().item()) <= 1.5 / logits.shape[1]:
+                bar.write(f"warning: {accuracy:.1%} natural accuracy is near chance: probably wrong "
                           "preprocessing (--normalize), or the labels are in another order", file=sys.stderr)
             if args.save_examples:
                 saved[f"predictions/{name}"] = logits.argmax(1).cpu().numpy()
@@ -245,9 +255,8 @@ def evaluate(model, test, args, result, device):
                 if args.save_images:
                     saved[f"images/{name}"] = cli.sum_over_processes(examples).cpu().numpy()
             write(args, result, saved, rank)
-        attacked = [row for row in result["attacks"] if row["params"]]
-        if len(attacked) > 1 and not args.epsilons:
-            result["attacks"].append(scores.worst_case(attacked))
+        if sum(bool(params) for _, params in todo) > 1 and not args.epsilons:
+            result["attacks"].append(scores.worst_case(result["attacks"]))
         result["complete"] = True
         write(args, result, saved, rank)
 
@@ -264,24 +273,14 @@ def main(argv=None):
     with contextlib.ExitStack() as stack:
         try:
             device, rank, _ = stack.enter_context(cli.join_job(args.device))
-            model, info = checkpoints.load_model(args.model_path, arch=args.arch, num_classes=args.num_classes,
-                                                 normalize=args.normalize)
-            trained_on = info["args"]["dataset"] if "args" in info else None
-            dataset = args.dataset or trained_on or {100: "cifar100"}.get(info["num_classes"], "cifar10")
-            test = data.load(dataset, args.data_dir, train=False)
-            if len(test.classes) != info["num_classes"]:
-                raise ValueError(
-                    f"{args.model_path} has {info['num_classes']} classes, {dataset} has {len(test.classes)}")
-            if args.num_images and args.num_images > len(test.labels):
-                raise ValueError(f"--num-images {args.num_images}: {dataset} has {len(test.labels)} test images")
+            model, info, test, dataset = load(args)
             if {"apgd", "autoattack"} & set(args.attacks):
                 attacks.check_autoattack(info["num_classes"])
         except (ValueError, OSError) as error:
             parser.error(error)
         args.epsilon = args.epsilon or data.EPSILON.get(dataset, "8/255")
-        test = test.subset(slice(args.num_images))
         result = {
-            "model": describe(info, dataset), "n": len(test.labels), "epsilon": args.epsilon,
+            "model": scores.describe(info, dataset), "n": len(test.labels), "epsilon": args.epsilon,
             "device": cli.device_name(device), "precision": args.precision, "batch_size": args.batch_size,
             "versions": {"python": platform.python_version(), "torch": torch.__version__},
             "command": shlex.join(["python", "eval_attacks.py", *(sys.argv[1:] if argv is None else argv)]),

@@ -21,6 +21,14 @@ TABLE_3 = {
 }
 
 
+def describe(info, dataset):
+    """What the JSON says of the model."""
+    args = info.get("args", {})
+    return {key: info[key] for key in ("path", "sha256", "arch", "normalize")} | {
+        "dataset": dataset, "defense": args.get("defense"), "spat_alpha": args.get("spat_alpha"),
+        "epochs": info.get("epoch"), "seed": args.get("seed"), "args": args}
+
+
 def wilson(correct, n, z=1.959964):
     """The 95 % Wilson score interval of a share, as (low, high) in [0, 1]."""
     p = correct / n
@@ -66,7 +74,8 @@ def correct_mask(row):
 
 
 def worst_case(rows):
-    """The entry in the JSON of the images that every one of these attacks left standing."""
+    """The entry in the JSON of the images that every attack among these entries left standing."""
+    rows = [row for row in rows if row["params"]]
     masks = [correct_mask(row) for row in rows]
     return outcome("Worst case", {"of": [row["name"] for row in rows]}, torch.from_numpy(np.logical_and.reduce(masks)))
 

@@ -60,6 +60,21 @@ def model_path(tmp_path_factory):
     return folder / "best.pt"
 
 
+@pytest.fixture
+def cut_budget(monkeypatch):
+    """A tenth of AutoAttack's steps, for the adapter and the direct call alike."""
+    import pyautoattack
+
+    set_version = pyautoattack.AutoAttack._set_version
+
+    def cut(self, version="standard"):
+        set_version(self, version)
+        self.apgd.n_iter = self.apgd_targeted.n_iter = self.fab.n_iter = 10
+        self.square.n_queries = 100
+
+    monkeypatch.setattr(pyautoattack.AutoAttack, "_set_version", cut)
+
+
 def fails_in_one_line(main, argv, capsys):
     """main(argv) must exit with status 2 after one line on stderr; returns the line."""
     with pytest.raises(SystemExit) as exit_info:

@@ -17,19 +17,7 @@ import eval_attacks
 import models
 
 EPSILON = 0.03
-
-
-@pytest.fixture(autouse=True)
-def cut_budget(monkeypatch):
-    """A tenth of AutoAttack's steps, for the adapter and the direct call alike."""
-    set_version = pyautoattack.AutoAttack._set_version
-
-    def cut(self, version="standard"):
-        set_version(self, version)
-        self.apgd.n_iter = self.apgd_targeted.n_iter = self.fab.n_iter = 10
-        self.square.n_queries = 100
-
-    monkeypatch.setattr(pyautoattack.AutoAttack, "_set_version", cut)
+pytestmark = pytest.mark.usefixtures("cut_budget")
 
 
 def net_and_images(num_classes, n=12):

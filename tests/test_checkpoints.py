@@ -166,3 +166,79 @@ def test_a_lock_is_held_by_the_living_only(tmp_path):
     process.wait()
     with rundir.run_lock(tmp_path):
         pass
+
+
+MEAN, STD = [0.4914, 0.4822, 0.4465], [0.2471, 0.2435, 0.2616]
+LAYER = {"mean": torch.tensor(MEAN).view(1, 3, 1, 1), "std": torch.tensor(STD).view(1, 3, 1, 1)}
+UNUSED = {"sub_block1.layer.0.conv1.weight": torch.zeros(16, 16, 3, 3)}  # in TRADES' network, never called
+FORMS = {  # source -> (what the file holds, from a network's state dict; whether a normalisation is part of the model)
+    "TRADES, MART": (lambda net: net | UNUSED, False),
+    "RST": (lambda net: {"num_classes": 10, "normalize_input": False, "state_dict": prefixed(net | UNUSED, "module.")},
+            False),
+    "RST, normalised": (lambda net: {"num_classes": 10, "normalize_input": True, "state_dict":
+                                     prefixed(LAYER, "module.0.") | prefixed(net | UNUSED, "module.1.")}, True),
+    "AWP": (lambda net: prefixed(net, "module."), False),
+    "robust_overfitting": (lambda net: {"state_dict": prefixed(net, "module."), "optimizer": {}}, False),
+    "FAT": (lambda net: {"epoch": 1, "state_dict": prefixed(net | UNUSED, "module."), "optimizer": {"lr": 0.1}}, False),
+    "imrahulr, no layer": (lambda net: {"model_state_dict": prefixed(net, "module.0.")}, False),
+    "imrahulr, DM-Improves-AT": (lambda net: {"model_state_dict": prefixed(LAYER, "module.0.")
+                                 | prefixed(net, "module.1.")}, True),
+    "RobustBench": (lambda net: prefixed(net, "model."), False),
+    "RobustBench, inside": (lambda net: {"state_dict": prefixed(
+        net | {"mu": LAYER["mean"], "sigma": LAYER["std"]}, "module.model.")}, True),
+    "compiled": (lambda net: prefixed(net, "module._orig_mod."), False),
+}
+
+
+def prefixed(state, prefix):
+    return {prefix + key: value for key, value in state.items()}
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize(("arch", "num_classes"), [("wrn-10-2", 10), ("resnet-18", 100), ("preact-resnet-18", 10)])
+def test_other_peoples_files(tmp_path, form, arch, num_classes):
+    torch.manual_seed(0)
+    net = models.build_model(arch, num_classes).eval()
+    for module in net.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            torch.nn.init.uniform_(module.running_mean)
+            torch.nn.init.uniform_(module.running_var, 0.5, 1.5)
+    of, normalised = FORMS[form]
+    torch.save(of(net.state_dict()), tmp_path / "m.pt")
+    loaded, info = checkpoints.load_model(tmp_path / "m.pt")
+    assert (info["arch"], info["num_classes"]) == (arch, num_classes) and "args" not in info
+    inside = loaded.model if normalised else loaded
+    for (name, value), (_, expected) in zip(inside.state_dict().items(), net.state_dict().items(), strict=True):
+        assert torch.equal(value, expected), name
+    x = torch.rand(2, 3, 32, 32)
+    seen = (x - LAYER["mean"]) / LAYER["std"] if normalised else x
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(x), net(seen))
+    assert (info["normalize"] is not None) == normalised and not loaded.training
+
+
+def test_a_normalisation_that_the_user_states(tmp_path):
+    net = models.build_model("wrn-10-1").eval()
+    torch.save(prefixed(net.state_dict(), "module."), tmp_path / "m.pt")
+    loaded, info = checkpoints.load_model(tmp_path / "m.pt", normalize=(MEAN, STD))
+    x = torch.rand(2, 3, 32, 32)
+    torch.testing.assert_close(loaded(x), net((x - LAYER["mean"]) / LAYER["std"]))
+    assert info["normalize"] == (MEAN, STD)
+    torch.save(prefixed(net.state_dict(), "module.1."), tmp_path / "m.pt")
+    loaded, _ = checkpoints.load_model(tmp_path / "m.pt", normalize=(MEAN, STD))
+    torch.testing.assert_close(loaded(x), net((x - LAYER["mean"]) / LAYER["std"]))
+
+
+@pytest.mark.parametrize(("content", "normalize", "message"), [
+    (lambda net: {"model_state_dict": prefixed(net, "module.1.")}, None, "--normalize"),
+    (lambda net: {"normalize_input": True, "state_dict": net}, None, "--normalize"),
+    (lambda net: net | LAYER, (MEAN, STD), "holds its own"),
+    (lambda net: net | {"mean": torch.zeros(1), "std": torch.ones(1)}, None, "not three means"),
+    (lambda net: net | {"mean": torch.zeros(3), "std": torch.zeros(3)}, None, "not three means"),
+    (lambda net: {"module.init_conv.weight": torch.zeros(16, 3, 3, 3)}, None, "Swish"),
+    (lambda net: {"model_state_dict": 3}, None, "no state dict"),
+])
+def test_what_a_foreign_file_cannot_say(tmp_path, content, normalize, message):
+    torch.save(content(models.build_model("wrn-10-1").state_dict()), tmp_path / "m.pt")
+    with pytest.raises(ValueError, match=message):
+        checkpoints.load_model(tmp_path / "m.pt", normalize=normalize)

@@ -1,0 +1,299 @@
+"""Can a model's robust accuracy be trusted, and does an attack preserve what the image shows?
+
+    python audit.py --model-path runs/NAME/best.pt
+    python audit.py --model-path A.pt --oracle B.pt
+
+The first looks for gradient masking: the ways in which an accuracy under PGD can be high although the model is not
+robust (Athalye et al. 2018; Carlini et al. 2019). The second asks another robust model what it sees in
+the examples that fool the first.
+"""
+
+import functools
+import json
+import math
+import shlex
+import sys
+from fractions import Fraction
+
+import torch
+from tqdm import tqdm
+
+import attacks
+import checkpoints
+import cli
+import compare
+import data
+import eval_attacks
+import losses
+import models
+import scores
+
+STEPS = (1, 5, 10, 20, 50, 100)
+RESTARTS = 5
+TOLERANCE = 0.01  # a share of images that may misbehave before a check speaks up
+WIDE_GAP = 0.10  # PGD-20 above AutoAttack; 5 to 7 points are usual for plain adversarial training of small nets
+
+
+def parse_args(argv=None):
+    parser = cli.Parser(prog="audit.py", description=__doc__)
+    eval_attacks.add_model_flags(parser)
+    add = parser.add_argument
+    add("--epsilon", type=cli.ratio, help="radius of the L-inf ball (default: 8/255; digits: 0.05)")
+    add("--batch-size", type=cli.positive_int, default=256, help="(default: 256)")
+    add("--square-queries", type=cli.positive_int, default=1000, help="of the gradient-free attack (default: 1000)")
+    add("--autoattack", action="store_true", help="run all of AutoAttack (default: APGD-CE and APGD-T, a fifth of it)")
+    add("--oracle", metavar="FILE", help="another robust model, to judge the adversarial examples of this one")
+    add("--alphas", nargs="+", type=cli.unit_float, metavar="A", default=[0.0, 0.1, 0.2, 0.4, 0.6, 0.8, 1.0],
+        help="values of α of PGD-LS to judge with --oracle (default: 0 0.1 0.2 0.4 0.6 0.8 1)")
+    parser.set_defaults(num_images=256)
+    return parser, parser.parse_args(argv)
+
+
+class Bench:
+    """A frozen model, the images, and what the checks ask of them."""
+
+    def __init__(self, model, forward, test, args):
+        self.model, self.forward, self.test, self.args = model, forward, test, args
+        self.x = data.to_float(test.images)
+
+    def attacked(self, objective, epsilon=None, num_steps=20, restart=0, **params):
+        """x_adv of PGD on the objective as eval_attacks.py runs it: uniform start, step ε/10."""
+        epsilon = epsilon or self.args.epsilon
+        attack = eval_attacks.make_attack(self.forward, params | {
+            "objective": objective, "epsilon": epsilon, "step_size": str(Fraction(epsilon) / 10),
+            "num_steps": num_steps, "random_start": "uniform", "seed": self.args.seed})
+        return self.in_batches(functools.partial(attack, restart=restart))
+
+    def in_batches(self, attack):
+        return torch.cat([attack(self.x[i], self.test.labels[i], i) for i in self.batches()])
+
+    def batches(self):
+        return torch.arange(len(self.x), device=self.x.device).split(self.args.batch_size)
+
+    def logits(self, x, model=None):
+        with torch.no_grad():
+            return torch.cat([(model or self.model)(x[i]).float() for i in self.batches()])
+
+    def right(self, x):
+        """Which images are classified correctly, (n,) bool on the CPU."""
+        return (self.logits(x).argmax(1) == self.test.labels).cpu()
+
+    def float32(self, x):
+        return self.model(x.contiguous(memory_format=torch.channels_last)).float()
+
+
+def raised(before, after):
+    """Whether accuracy rises from the outcomes `before` to `after` on the same images, beyond noise: the 95 % interval
+    of the paired difference lies above 0."""
+    return compare.paired_difference(before.numpy(), after.numpy())["interval"][0] > 0
+
+
+def share(mask):
+    return mask.float().mean().item()
+
+
+def steps_of(names, masks):
+    return {str(name): share(mask) for name, mask in zip(names, masks, strict=True)}
+
+
+# The checks: each a function of the bench -> (what it measured, whether it is as it should be, in words). -------------
+
+
+def check_gradients(bench):
+    """A zero or non-finite input gradient gives a sign attack nothing to follow."""
+    bad = []
+    for i in bench.batches():
+        gradient = attacks.input_gradient(bench.model, bench.x[i], bench.test.labels[i], losses.cross_entropy)
+        gradient = gradient.flatten(1)
+        bad.append((gradient == 0).all(1) | ~gradient.isfinite().all(1))
+    bad = share(torch.cat(bad))
+    return {"zero or non-finite": bad}, bad <= TOLERANCE, (
+        f"{bad:.1%} of the images have a zero or non-finite input gradient")
+
+
+def check_order(bench):
+    """Uniform noise must be weaker than FGSM, and FGSM weaker than PGD-20."""
+    epsilon = float(Fraction(bench.args.epsilon))
+    everyone = torch.arange(len(bench.x), device=bench.x.device)
+    noise = attacks.project(bench.x + attacks.start_per_image("uniform", bench.x, epsilon, everyone, bench.args.seed),
+                            bench.x, epsilon)
+    fgsm = bench.in_batches(lambda x, y, _: attacks.fgsm(bench.forward, x, y, epsilon=epsilon))
+    masks = [bench.right(x) for x in (bench.x, noise, fgsm, bench.attacked("ce"))]
+    numbers = steps_of(("natural", "noise", "FGSM", "PGD-20"), masks)
+    fine = not any(raised(a, b) for a, b in zip(masks[1:], masks[2:], strict=False))
+    return numbers, fine, ", ".join(f"{name} {value:.1%}" for name, value in numbers.items())
+
+
+def check_radius(bench):
+    """Within 0.5 of any image lies plain grey, which has no class: accuracy must fall to 0."""
+    epsilons = [bench.args.epsilon] + [str(k * Fraction(bench.args.epsilon)) for k in (2, 4)] + ["1/2"]
+    masks = [bench.right(bench.attacked("ce", epsilon=epsilon, num_steps=40)) for epsilon in epsilons]
+    fine = share(masks[-1]) <= TOLERANCE and not any(raised(a, b) for a, b in zip(masks, masks[1:], strict=False))
+    return steps_of(epsilons, masks), fine, "accuracy under PGD-40 at " + ", ".join(
+        f"ε {float(Fraction(epsilon)):.3f} {share(mask):.1%}" for epsilon, mask in zip(epsilons, masks, strict=True))
+
+
+def check_steps(bench):
+    """More steps must never raise the accuracy."""
+    masks = [bench.right(bench.attacked("ce", num_steps=steps)) for steps in STEPS]
+    fine = not any(raised(a, b) for a, b in zip(masks, masks[1:], strict=False))
+    return steps_of(STEPS, masks), fine, "accuracy under PGD with " + ", ".join(
+        f"{steps} steps {share(mask):.1%}" for steps, mask in zip(STEPS, masks, strict=True))
+
+
+def check_restarts(bench):
+    """Restarts can only lower the accuracy; where they lower it much, one run of PGD finds its way by luck."""
+    masks = [bench.right(bench.attacked("ce", restart=restart)) for restart in range(RESTARTS)]
+    standing = [torch.stack(masks[: k + 1]).all(0) for k in range(RESTARTS)]
+    drop = compare.paired_difference(standing[-1].numpy(), standing[0].numpy())
+    return steps_of(range(1, RESTARTS + 1), standing), drop["interval"][0] <= 0.03, (
+        f"PGD-20 {share(standing[0]):.1%}, with {RESTARTS} restarts {share(standing[-1]):.1%}")
+
+
+def check_square(bench):
+    """An attack that sees no gradient must not beat one that does: else the gradient is hidden, not gone."""
+    found = bench.in_batches(lambda x, y, _: attacks.square(
+        bench.float32, x, y, epsilon=float(Fraction(bench.args.epsilon)), num_queries=bench.args.square_queries,
+        seed=bench.args.seed))
+    square, pgd = bench.right(found), bench.right(bench.attacked("ce", num_steps=100))
+    return {"Square": share(square), "PGD-100": share(pgd), "broken by Square alone": share(pgd & ~square)}, (
+        not raised(square, pgd)), (f"Square with {bench.args.square_queries} queries {share(square):.1%}, PGD-100 "
+                                   f"{share(pgd):.1%}; {share(pgd & ~square):.1%} fall to Square alone")
+
+
+def check_autoattack(bench):
+    """How far the accuracy under PGD-20 lies above the one under stronger attacks."""
+    components = list(attacks.COMPONENTS) if bench.args.autoattack else ["apgd-ce", "apgd-t"]
+    name = "AutoAttack" if bench.args.autoattack else "APGD-CE + APGD-T"
+    found = attacks.autoattack(bench.float32, bench.x, bench.test.labels, seed=bench.args.seed, components=components,
+                               epsilon=float(Fraction(bench.args.epsilon)), batch_size=bench.args.batch_size)
+    pgd, strong = bench.right(bench.attacked("ce")), bench.right(found)
+    gap = share(pgd) - share(strong)
+    return {"PGD-20": share(pgd), name: share(strong)}, gap <= WIDE_GAP, (
+        f"PGD-20 {share(pgd):.1%}, {name} {share(strong):.1%}: {100 * gap:.1f} points lower")
+
+
+CHECKS = {"gradients": check_gradients, "order": check_order, "radius": check_radius, "steps": check_steps,
+          "restarts": check_restarts, "gradient-free": check_square, "stronger": check_autoattack}
+AT_EPSILON = ("order", "steps", "restarts", "gradient-free", "stronger")  # their numbers are accuracies at one radius
+MEANING = {
+    "gradients": "sign attacks stand still there",
+    "order": "a weaker attack does better than a stronger one: the gradient misleads",
+    "radius": "PGD fails where success is certain: its number at the usual radius says nothing",
+    "steps": "more steps raise the accuracy: the gradient misleads",
+    "restarts": "success depends on the start: the loss is rugged, one run is too few",
+    "gradient-free": "a gradient-free attack beats the gradient attack: the gradient is masked",
+    "stronger": "PGD-20 flatters this model: quote the stronger attack",
+}
+
+
+def verdict(checks):
+    """What the checks mean for the reported accuracy, as lines."""
+    flagged = [check for check in checks if not check["fine"]]
+    lowest = min(value for check in checks if check["name"] in AT_EPSILON
+                 for name, value in check["numbers"].items() if name != "broken by Square alone")
+    if not flagged:
+        return [f"Nothing here points to gradient masking. The lowest accuracy found is {lowest:.1%}: an upper bound, "
+                "as every attack gives."]
+    return [f"{check['name']}: {MEANING[check['name']]}" for check in flagged] + [
+        f"An accuracy under PGD alone is not to be trusted here; the lowest found is {lowest:.1%}, if not lower."]
+
+
+# What a second model sees. --------------------------------------------------------------------------------------------
+
+
+def judged(bench, oracle, name, x_adv, epsilon):
+    """The row of one attack: what the source model and the oracle make of x_adv, and how far it is from x."""
+    delta = (x_adv - bench.x).flatten(1)
+    seen = bench.logits(x_adv, oracle)
+    true = seen.softmax(1).gather(1, bench.test.labels[:, None])[:, 0]
+    return {"name": name, "epsilon": epsilon, "source_accuracy": share(bench.right(x_adv)),
+            "oracle_agrees": share(seen.argmax(1) == bench.test.labels), "oracle_p_true": true.mean().item(),
+            "l_inf": delta.abs().amax(1).mean().item(), "l2": delta.norm(dim=1).mean().item(),
+            "at_edge": share(delta.abs() >= epsilon - 1e-6)}
+
+
+def matched_radius(bench, accuracy, halvings=8):
+    """The smallest radius, by bisection below ε, at which PGD-20 on CE leaves at most this accuracy."""
+    low, high = Fraction(0), Fraction(bench.args.epsilon)
+    for _ in range(halvings):
+        middle = (low + high) / 2
+        if share(bench.right(bench.attacked("ce", epsilon=str(middle)))) <= accuracy:
+            high = middle
+        else:
+            low = middle
+    return high
+
+
+def semantics(bench, oracle, progress):
+    """A row for the natural images, PGD-CE, PGD-KL and each α of PGD-LS, each weaker attack followed by PGD-CE at the
+    smaller radius that has the same success on the source model: a weaker attack preserves more, trivially."""
+    epsilon = float(Fraction(bench.args.epsilon))
+    rows = [judged(bench, oracle, "Natural", bench.x, epsilon)]
+    todo = [("PGD-CE", "ce", {}), ("PGD-KL", "kl", {})]
+    todo += [(f"PGD-LS {alpha:g}", "lsce", {"alpha": alpha}) for alpha in bench.args.alphas]
+    for name, objective, params in todo:
+        rows.append(judged(bench, oracle, name, bench.attacked(objective, **params), epsilon))
+        if objective != "ce":
+            radius = matched_radius(bench, rows[-1]["source_accuracy"])
+            rows.append(judged(bench, oracle, f"  PGD-CE as strong as {name}", bench.attacked("ce", str(radius)),
+                               float(radius)))
+        progress()
+    return rows
+
+
+def semantics_table(rows):
+    lines = [f"{'attack':<30}{'ε':>7}{'source right':>14}{'oracle right':>14}{'oracle p_y':>12}{'L-inf':>8}{'L2':>7}"
+             f"{'at edge':>9}"]
+    return "\n".join(lines + [
+        f"{row['name']:<30}{row['epsilon']:>7.4f}{row['source_accuracy']:>14.1%}{row['oracle_agrees']:>14.1%}"
+        f"{row['oracle_p_true']:>12.3f}{row['l_inf']:>8.4f}{row['l2']:>7.3f}{row['at_edge']:>9.1%}" for row in rows])
+
+
+def main(argv=None):
+    parser, args = parse_args(argv)
+    try:
+        device = cli.pick_device(args.device)
+        model, info, test, dataset = eval_attacks.load(args)
+        attacks.check_autoattack(info["num_classes"])
+        oracle = None
+        if args.oracle:
+            oracle, oracle_info = checkpoints.load_model(args.oracle, device, num_classes=info["num_classes"])
+            if oracle_info["sha256"] == info["sha256"]:
+                raise ValueError("--oracle is the model itself: a second, separately trained one is needed")
+    except (ValueError, OSError) as error:
+        parser.error(error)
+    args.epsilon = args.epsilon or data.EPSILON.get(dataset, "8/255")
+    model, test = model.to(device), test.to(device)
+    passes = (sum(STEPS) + 60 * RESTARTS + (200 * len(args.alphas) if oracle else 0)) * len(test.labels)
+    x = data.to_float(test.images[:args.batch_size])
+    _, forward = cli.pick_forward(args, model, x, math.ceil(passes / len(x)))
+    result = {"model": scores.describe(info, dataset), "n": len(test.labels), "epsilon": args.epsilon,
+              "seed": args.seed, "device": cli.device_name(device), "precision": args.precision,
+              "torch": torch.__version__, "checks": [],
+              "command": shlex.join(["python", "audit.py", *(sys.argv[1:] if argv is None else argv)])}
+    with models.frozen(model), tqdm(total=len(CHECKS) + (2 + len(args.alphas) if oracle else 0), unit="part",
+                                    dynamic_ncols=True) as bar:
+        bench = Bench(model, forward, test, args)
+        for name, check in CHECKS.items():
+            bar.set_description(name)
+            numbers, fine, words = check(bench)
+            result["checks"].append({"name": name, "fine": bool(fine), "numbers": numbers, "words": words})
+            bar.write(f"{'ok  ' if fine else 'FLAG'} {name}: {words}")
+            bar.update()
+        result["verdict"] = verdict(result["checks"])
+        if oracle:
+            bar.set_description("oracle")
+            with models.frozen(oracle):
+                result["oracle"] = scores.describe(oracle_info, dataset)
+                result["semantics"] = semantics(bench, oracle, bar.update)
+    print("\n".join(result["verdict"]))
+    if oracle:
+        print(semantics_table(result["semantics"]))
+    if args.json:
+        checkpoints.write_atomically(args.json, json.dumps(result, indent=1).encode())
+    return result
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,99 @@
+"""audit.py: passes a plain model, speaks up on masked ones, and judges an attack by a second model."""
+
+import json
+
+import pytest
+import torch
+from conftest import fails_in_one_line
+
+import audit
+import checkpoints
+import data
+import models
+
+SMALL = ["--num-images", "40", "--precision", "fp32", "--compile", "off", "--epsilon", "0.02",
+         "--square-queries", "300"]
+pytestmark = pytest.mark.usefixtures("cut_budget")
+
+
+class Scaled(torch.nn.Module):
+    """Softmax saturates in float32: its gradient is zero."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, x):
+        return 1e6 * self.model(x)
+
+
+class Quantised(Scaled):
+    """Rounding has no gradient."""
+
+    def forward(self, x):
+        return self.model((x * 16).round() / 16)
+
+
+def run(model_path, monkeypatch, wrapper=None, *flags):
+    real = checkpoints.load_model
+    monkeypatch.setattr(audit, "STEPS", (1, 5, 20))
+    monkeypatch.setattr(audit, "RESTARTS", 2)
+    if wrapper:
+        monkeypatch.setattr(checkpoints, "load_model", lambda *a, **k: (wrapper(real(*a, **k)[0]), real(*a, **k)[1]))
+    result = audit.main(["--model-path", str(model_path), *SMALL, *flags])
+    monkeypatch.setattr(checkpoints, "load_model", real)
+    return result, {check["name"]: check for check in result["checks"]}
+
+
+def test_a_plain_model_passes(model_path, monkeypatch, tmp_path, capsys):
+    result, checks = run(model_path, monkeypatch, None, "--json", str(tmp_path / "a.json"))
+    assert all(check["fine"] for check in checks.values()), checks
+    assert list(checks) == list(audit.CHECKS)
+    assert "Nothing here points to gradient masking" in result["verdict"][0]
+    assert checks["radius"]["numbers"]["1/2"] == 0 and checks["gradients"]["numbers"] == {"zero or non-finite": 0}
+    order = list(checks["order"]["numbers"].values())
+    assert order[0] > order[-1] > 0  # on this model and radius the attack bites but does not break all
+    assert checks["stronger"]["numbers"]["APGD-CE + APGD-T"] <= checks["stronger"]["numbers"]["PGD-20"]
+    assert json.loads((tmp_path / "a.json").read_text()) == json.loads(json.dumps(result))
+    assert "ok   steps" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("wrapper", "flags"), [(Scaled, {"gradients", "gradient-free"}),
+                                                (Quantised, {"gradients", "gradient-free", "radius"})])
+def test_a_masked_model_is_flagged(model_path, monkeypatch, wrapper, flags):
+    result, checks = run(model_path, monkeypatch, wrapper)
+    flagged = {name for name, check in checks.items() if not check["fine"]}
+    assert flags <= flagged
+    assert "not to be trusted" in result["verdict"][-1] and "points to" not in result["verdict"][0]
+
+
+def test_what_the_oracle_sees(model_path, monkeypatch, tmp_path):
+    """Against the definitions, on the images themselves."""
+    torch.manual_seed(1)
+    oracle = models.build_model("wrn-10-1").eval()
+    torch.save(oracle.state_dict(), tmp_path / "o.pt")
+    monkeypatch.setattr(audit, "CHECKS", {"order": audit.check_order})
+    result, _ = run(model_path, monkeypatch, None, "--oracle", str(tmp_path / "o.pt"), "--alphas", "0", "1")
+    rows = {row["name"]: row for row in result["semantics"]}
+    assert list(rows) == ["Natural", "PGD-CE", "PGD-KL", "  PGD-CE as strong as PGD-KL", "PGD-LS 0",
+                          "  PGD-CE as strong as PGD-LS 0", "PGD-LS 1", "  PGD-CE as strong as PGD-LS 1"]
+    test = data.load("digits", train=False).subset(slice(40))
+    with torch.no_grad():
+        p = oracle(test.images / 255).softmax(1)
+    assert rows["Natural"]["oracle_agrees"] == pytest.approx((p.argmax(1) == test.labels).float().mean().item())
+    assert rows["Natural"]["oracle_p_true"] == pytest.approx(p[torch.arange(40), test.labels].mean().item(), abs=1e-5)
+    assert rows["Natural"]["l2"] == rows["Natural"]["l_inf"] == rows["Natural"]["at_edge"] == 0
+    ce = rows["PGD-CE"]
+    assert {k: v for k, v in rows["PGD-LS 0"].items() if k != "name"} == {k: v for k, v in ce.items() if k != "name"}
+    assert ce["l_inf"] == pytest.approx(0.02, abs=1e-4) and ce["l2"] <= 0.02 * 3072**0.5 and 0 < ce["at_edge"] < 1
+    weak, as_strong = rows["PGD-LS 1"], rows["  PGD-CE as strong as PGD-LS 1"]
+    assert weak["source_accuracy"] > ce["source_accuracy"] and as_strong["epsilon"] < 0.02
+    assert abs(weak["source_accuracy"] - as_strong["source_accuracy"]) <= 0.051  # two images
+
+
+def test_bad_input(model_path, tmp_path, capsys):
+    for argv in (
+        ["--oracle", model_path], ["--oracle", tmp_path / "none.pt"], ["--num-images", "401"], ["--alphas", "2"],
+        ["--json", tmp_path / "no" / "a.json"], ["--epsilon", "8"], ["--square-queries", "0"],
+    ):
+        fails_in_one_line(audit.main, ["--model-path", model_path, *argv], capsys)
