@@ -137,7 +137,7 @@ def ours(args, precision, compiled):
     how = "eager"
     if compiled:
         forward, how = cli.compiled_pass(model, plain, x)
-    both = train_cifar.BothPasses(model, forward)
+    both = models.BothPasses(model, forward)
 
     def attack():
         start = attacks.start_perturbation("gaussian", x, 8 / 255)

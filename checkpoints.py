@@ -1,15 +1,18 @@
-"""Model files: this project's own (written atomically, resumable) and bare state dicts of the same architectures.
+"""Files: this project's checkpoints (written atomically, resumable), released state dicts of the same architectures,
+and arrays of pseudo-labelled images.
 
-Nothing from a file is executed: torch.load runs with weights_only=True everywhere.
+Nothing from a file is executed: torch.load runs with weights_only=True everywhere, and a pickle may name arrays only.
 """
 
 import hashlib
 import os
 import pathlib
+import pickle
 import re
 import warnings
 import zipfile
 
+import numpy as np
 import torch
 
 import models
@@ -181,3 +184,36 @@ def load_model(path, device="cpu", arch=None, num_classes=None, normalize=None):
     if normalize:
         model = models.Normalised(model, *normalize)
     return model.to(device).eval(), info
+
+
+class _ArraysOnly(pickle.Unpickler):
+    """Builds numpy arrays and plain containers and nothing else: whatever else a file names is refused, not run."""
+
+    ALLOWED = {("numpy", "ndarray"), ("numpy", "dtype"), ("_codecs", "encode")} | {
+        (f"numpy.{core}.{module}", name) for core in ("core", "_core") for module, name in (
+            ("multiarray", "_reconstruct"), ("multiarray", "scalar"), ("numeric", "_frombuffer"))}
+
+    def find_class(self, module, name):
+        if (module, name) not in self.ALLOWED:
+            raise ValueError(f"it names {module}.{name}, which is no array")
+        return super().find_class(module.replace("numpy.core", "numpy._core"), name)
+
+
+def load_arrays(path):
+    """{name: array} of an .npz file or of a pickle such as RST's, read without running anything; raises ValueError with
+    one line for a file that is neither."""
+    path = pathlib.Path(path)
+    if not path.is_file():
+        raise ValueError(f"{path}: no such file")
+    try:
+        if zipfile.is_zipfile(path):
+            with np.load(path) as file:
+                return dict(file)
+        with open(path, "rb") as file:
+            content = _ArraysOnly(file).load()
+        if isinstance(content, dict):
+            return {name: np.asarray(value) for name, value in content.items()}
+        raise ValueError(f"it holds a {type(content).__name__}")
+    except Exception as error:  # a damaged file may raise nearly anything
+        why = " ".join(str(error).split()) or type(error).__name__
+        raise ValueError(f"{path}: neither an .npz nor a pickle of arrays ({why})") from None

@@ -3,6 +3,7 @@ flags, and what --device, --precision and --compile come to on this machine."""
 
 import argparse
 import contextlib
+import ctypes
 import datetime
 import os
 import pathlib
@@ -48,6 +49,7 @@ positive_int = _checked(int, lambda v: v > 0, "an integer above 0")
 natural_int = _checked(int, lambda v: v >= 0, "an integer of 0 or more")
 positive_float = _checked(float, lambda v: 0 < v < float("inf"), "a number above 0")
 natural_float = _checked(float, lambda v: 0 <= v < float("inf"), "a number of 0 or more")
+fraction_below_one = _checked(float, lambda v: 0 <= v < 1, "a number of 0 or more and below 1")
 unit_float = _checked(float, lambda v: 0 <= v <= 1, "a number in [0, 1]")
 
 
@@ -79,7 +81,18 @@ def pick_device(name):
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda: torch finds no CUDA device here")
+    if name == "cpu":
+        _keep_freed_memory()
     return torch.device(name)
+
+
+def _keep_freed_memory():
+    """Lets glibc reuse freed buffers of any size. By default it returns those above 32 MB to the kernel and gets them
+    back page by page, zeroed: in float32 at batch 256 that took up to two thirds of an attack's time."""
+    with contextlib.suppress(OSError, AttributeError):  # another libc, another system: nothing to do
+        libc = ctypes.CDLL("libc.so.6")
+        libc.mallopt(-4, 0)  # M_MMAP_MAX: no buffer is mapped apart
+        libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: nor is the heap's end given back
 
 
 def device_name(device):

@@ -20,14 +20,17 @@ IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
 
 
 class Dataset(NamedTuple):
-    """images (N, 3, H, W) uint8 in channels_last; labels (N,) int64; the names of the classes."""
+    """images (N, 3, H, W) uint8 in channels_last; labels (N,) int64; the names of the classes; and, to train on as
+    well, a data set of pseudo-labelled images."""
 
     images: torch.Tensor
     labels: torch.Tensor
     classes: list
+    aux: "Dataset | None" = None
 
     def to(self, device):
-        return self._replace(images=self.images.to(device), labels=self.labels.to(device))
+        return self._replace(images=self.images.to(device), labels=self.labels.to(device),
+                             aux=self.aux and self.aux.to(device))
 
     def subset(self, indices):
         return self._replace(images=self.images[indices], labels=self.labels[indices])
@@ -78,6 +81,21 @@ def _class_folders(root):
     return folders
 
 
+def read_image_files(files, like=()):
+    """The RGB images, uint8 H x W x 3 each, of one size, that of the first (or of like[0]); raises ValueError."""
+    images = list(like)
+    for file in files:
+        try:
+            with Image.open(file) as image:
+                images.append(np.asarray(image.convert("RGB")))
+        except (OSError, SyntaxError, ValueError) as error:
+            raise ValueError(f"{file} cannot be read as an image ({_one_line(error)})") from None
+        if images[-1].shape != images[0].shape:
+            height, width, _ = images[0].shape
+            raise ValueError(f"{file} is not {width}x{height} pixels as the images before it")
+    return images[len(like):]
+
+
 def _image_folder(path, train):
     """PATH/train/CLASS/* and PATH/test/CLASS/*, in a fixed shuffled order: so the first images hold every class."""
     train_classes, test_classes = ([f.name for f in _class_folders(path / part)] for part in ("train", "test"))
@@ -90,16 +108,8 @@ def _image_folder(path, train):
         files = sorted(file for file in folder.iterdir() if file.suffix.lower() in IMAGE_SUFFIXES)
         if not files:
             raise ValueError(f"{folder} holds no images ({', '.join(IMAGE_SUFFIXES)})")
-        for file in files:
-            try:
-                with Image.open(file) as image:
-                    images.append(np.asarray(image.convert("RGB")))
-            except (OSError, SyntaxError, ValueError) as error:
-                raise ValueError(f"{file} cannot be read as an image ({_one_line(error)})") from None
-            if images[-1].shape != images[0].shape:
-                height, width, _ = images[0].shape
-                raise ValueError(f"{file} is not {width}x{height} pixels as the images before it")
-            labels.append(label)
+        images += read_image_files(files, like=images[:1])
+        labels += [label] * len(files)
     order = permutation(len(images), _SPLIT).numpy()
     return _dataset(np.stack(images)[order], np.asarray(labels)[order].tolist(), train_classes)
 
@@ -121,6 +131,35 @@ def load(name, data_dir="data", train=True):
     if not pathlib.Path(name).is_dir():
         raise ValueError(f"unknown data set {name!r}: neither {', '.join(NAMED)} nor a folder")
     return _image_folder(pathlib.Path(name), train)
+
+
+def as_images(path, arrays):
+    """The array `data` of a file, uint8 of N x 32 x 32 x 3 or N x 3 x 32 x 32, as a (N, 3, 32, 32) tensor without a
+    copy; raises ValueError. arrays: of checkpoints.load_arrays."""
+    images = arrays.get("data")
+    if images is None:
+        raise ValueError(f"{path}: holds no `data` but {', '.join(map(str, arrays)) or 'nothing'}")
+    if images.dtype != np.uint8 or images.ndim != 4 or 3 not in (images.shape[1], images.shape[3]):
+        raise ValueError(f"{path}: `data` is {images.dtype} {images.shape}, not uint8 N x H x W x 3 or N x 3 x H x W")
+    if len(images) == 0:
+        raise ValueError(f"{path}: holds no images")
+    images = torch.from_numpy(images)
+    return images if images.shape[1] == 3 else images.permute(0, 3, 1, 2)
+
+
+def pseudo_labelled(path, arrays, like):
+    """The data set `like` with a file's `data` and `extrapolated_targets` (RST's names) as its aux; raises ValueError
+    if they do not fit it. arrays: what the file at `path` holds."""
+    images, labels = as_images(path, arrays), arrays.get("extrapolated_targets")
+    if labels is None:
+        raise ValueError(f"{path}: holds no `extrapolated_targets` but {', '.join(map(str, arrays))}")
+    if labels.dtype.kind not in "iu" or labels.shape != (len(images),):
+        raise ValueError(f"{path}: `extrapolated_targets` is {labels.dtype} {labels.shape}, not {len(images)} integers")
+    if labels.min() < 0 or labels.max() >= len(like.classes):
+        raise ValueError(f"{path}: labels from {labels.min()} to {labels.max()}, not 0 to {len(like.classes) - 1}")
+    if images.shape[1:] != like.images.shape[1:]:
+        raise ValueError(f"{path}: images of {tuple(images.shape[1:])}, not {tuple(like.images.shape[1:])}")
+    return like._replace(aux=Dataset(images, torch.from_numpy(labels.astype(np.int64)), like.classes))
 
 
 def split(dataset, val_size, limit=None):
@@ -154,12 +193,27 @@ def step_generator(device, seed, step):
     return generator(device, _STEP, seed, step)
 
 
-def batches(n, batch_size, seed, epoch):
+def batches(n, batch_size, seed, epoch, aux=0):
     """The index batches of one epoch, (ceil(n / batch_size), batch_size): every image once; the last batch is filled
-    up from the epoch's first images, so that all batches have one size and no image is left out."""
+    up from the epoch's first images, so that all batches have one size and no image is left out. With aux, a number
+    below batch_size, that many of each batch are left to `mixed` to fill: the epoch keeps its length and shows the
+    first images of its order only, as RST's."""
     order = permutation(n, _ORDER, seed, epoch)
-    steps = -(-n // batch_size)
-    return order.repeat(-(-steps * batch_size // n))[: steps * batch_size].view(steps, batch_size)
+    steps, size = -(-n // batch_size), batch_size - aux
+    return order.repeat(-(-steps * size // n))[: steps * size].view(steps, size)
+
+
+def mixed(dataset, indices, aux, generator):
+    """(images, labels) of the labelled images at `indices` and of `aux` pseudo-labelled ones, drawn with replacement
+    and shuffled among them. The two stay apart in memory, as there may be 1.5 GB of the latter."""
+    images, labels = dataset.images[indices], dataset.labels[indices]
+    if not aux:
+        return images, labels
+    device = images.device
+    drawn = torch.randint(len(dataset.aux.labels), (aux,), generator=generator, device=device)
+    order = torch.randperm(len(indices) + aux, generator=generator, device=device)
+    return (torch.cat([images, dataset.aux.images[drawn]])[order],
+            torch.cat([labels, dataset.aux.labels[drawn]])[order])
 
 
 def crop_and_flip(images, top, left, flip, padding=4):

@@ -202,6 +202,18 @@ class Normalised(nn.Module):
         return self.model((x - self.mean) / self.std)
 
 
+class BothPasses(torch.nn.Module):
+    """(x, x_adv) -> (logits_nat, logits_adv), None for None. x and x_adv go through the model apart, natural first:
+    together they would share their batch statistics. One module, as DistributedDataParallel wants one forward call."""
+
+    def __init__(self, model, forward_pass):
+        super().__init__()
+        self.model, self.forward_pass = model, forward_pass
+
+    def forward(self, x, x_adv):
+        return tuple(None if batch is None else self.forward_pass(batch) for batch in (x, x_adv))
+
+
 @contextlib.contextmanager
 def frozen(model):
     """Inside, the model is in eval mode and its parameters want no gradient: how an attack must see it. Afterwards

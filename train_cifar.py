@@ -6,6 +6,7 @@
 --spat-alpha A, the label-smoothed cross entropy with α = A (SPAT, Eq. 10). Nothing else knows of SPAT.
 """
 
+import argparse
 import contextlib
 import functools
 import json
@@ -33,19 +34,22 @@ OUTER = {"standard": losses.standard_loss, "madry": losses.madry_loss,
          "trades": losses.trades_loss, "mart": losses.mart_loss}
 INNER = {"madry": losses.cross_entropy, "trades": losses.kl_divergence, "mart": losses.cross_entropy}
 
-# (data set, defense), None for any: a later line wins, a flag wins over all. The first lines are the paper's
-# section 5.1 with MART's published settings where it is silent.
+# (data set, defense, recipe), None for any: a later line wins, a flag wins over all. The first lines are the paper's
+# section 5.1 with MART's published settings where it is silent; rst is RST's schedule.
 DEFAULTS = (
-    (None, None, dict(dataset="cifar10", arch="wrn-34-10", epochs=90, batch_size=128, lr=0.1, lr_schedule="step")),
-    (None, None, dict(momentum=0.9, nesterov=False, weight_decay=7e-4, val_size=1000, limit_train=None)),
-    (None, None, dict(epsilon="8/255", num_steps=10, random_start="gaussian", spat_alpha=None, beta=None)),
-    (None, None, dict(data_dir="data", precision="auto", compile="auto", device="auto", seed=1, save_minutes=10.0)),
-    (None, "trades", dict(beta=6.0)),
-    (None, "mart", dict(beta=5.0)),
-    ("cifar100", "madry", dict(weight_decay=2e-4)),
-    ("cifar100", "trades", dict(weight_decay=2e-4)),
-    ("digits", None, dict(arch="wrn-10-1", epochs=12, batch_size=64, lr=0.2, lr_schedule="onecycle", val_size=100)),
-    ("digits", None, dict(weight_decay=5e-4, epsilon=data.EPSILON["digits"])),
+    (None, None, None, dict(dataset="cifar10", arch="wrn-34-10", epochs=90, batch_size=128, lr=0.1, lr_schedule="step",
+                            momentum=0.9, nesterov=False, weight_decay=7e-4, val_size=1000, limit_train=None,
+                            epsilon="8/255", num_steps=10, random_start="gaussian", spat_alpha=None, beta=None)),
+    (None, None, None, dict(data_dir="data", precision="auto", compile="auto", device="auto", seed=1, save_minutes=10.0,
+                            recipe="mart", aux_data=None, aux_fraction=0.5)),
+    (None, "trades", None, dict(beta=6.0)),
+    (None, "mart", None, dict(beta=5.0)),
+    ("cifar100", "madry", None, dict(weight_decay=2e-4)),
+    ("cifar100", "trades", None, dict(weight_decay=2e-4)),
+    ("digits", None, None, dict(arch="wrn-10-1", epochs=12, batch_size=64, lr=0.2, lr_schedule="onecycle", val_size=100,
+                                weight_decay=5e-4, epsilon=data.EPSILON["digits"])),
+    (None, None, "rst", dict(arch="wrn-28-10", epochs=200, batch_size=256, lr=0.1, lr_schedule="cosine", nesterov=True,
+                             weight_decay=5e-4, epsilon="0.031", step_size="0.007", val_size=0)),
 )
 FREE_ON_RESUME = ("resume", "out_dir", "data_dir", "device", "save_minutes")  # these do not alter the result
 SHARES_EVERY = 8  # steps: the two logged shares of examples cost forward passes of their own
@@ -62,22 +66,25 @@ def parse_args(argv=None):
     add("--dataset", help="cifar10, cifar100, digits, or a folder with train/CLASS/*.png and test/CLASS/*.png "
         "(default: cifar10)")
     add("--data-dir", metavar="DIR", help="where CIFAR is, or is downloaded to (default: data)")
-    add("--arch", help="architecture (default: wrn-34-10; digits: wrn-10-1)")
+    add("--recipe", choices=("mart", "rst"), help="which defaults: MART's, or RST's for --aux-data (default: mart)")
+    add("--aux-data", metavar="FILE",
+        help="pseudo-labelled images to train on as well: RST's pickle, or an .npz of pseudo_label.py (default: none)")
+    add("--aux-fraction", type=cli.fraction_below_one, metavar="F", help="their share of each batch (default: 0.5)")
+    add("--arch", help="architecture (default: wrn-34-10; rst: wrn-28-10; digits: wrn-10-1)")
     add("--val-size", type=cli.natural_int, metavar="N",
-        help="training images held out to choose best.pt; 0: none, last.pt only (default: 1000; digits: 100)")
+        help="training images held out to choose best.pt; 0: none, last.pt only (default: 1000; rst: 0; digits: 100)")
     add("--limit-train", type=cli.positive_int, metavar="N", help="train on the first N images (default: all)")
-    add("--epochs", type=cli.positive_int, help="(default: 90; digits: 12)")
-    add("--batch-size", type=cli.positive_int, help="(default: 128; digits: 64)")
+    add("--epochs", type=cli.positive_int, help="(default: 90; rst: 200; digits: 12)")
+    add("--batch-size", type=cli.positive_int, help="(default: 128; rst: 256; digits: 64)")
     add("--lr", type=cli.positive_float, help="highest learning rate (default: 0.1; digits: 0.2)")
-    add("--lr-schedule", choices=("step", "cosine", "onecycle"), help="(default: step; digits: onecycle)")
+    add("--lr-schedule", choices=("step", "cosine", "onecycle"), help="(default: step; rst: cosine; digits: onecycle)")
     add("--lr-milestones", type=cli.positive_int, nargs=2, metavar="EPOCH",
         help="step: the first epochs, counted from 1, at lr x0.1 and x0.01 (default: 75/90 and 90/90 of --epochs)")
     add("--momentum", type=cli.unit_float, help="(default: 0.9)")
-    add("--nesterov", action="store_true", default=None, help="use Nesterov's momentum (default: off)")
-    add("--weight-decay", type=cli.natural_float,
-        help="(default: 7e-4; cifar100 with madry or trades: 2e-4; digits: 5e-4)")
-    add("--epsilon", type=cli.ratio, help="radius of the L-inf ball (default: 8/255; digits: 0.05)")
-    add("--step-size", type=cli.ratio, help="of the attack (default: epsilon / 4)")
+    add("--nesterov", action=argparse.BooleanOptionalAction, help="Nesterov's momentum (default: off; rst: on)")
+    add("--weight-decay", type=cli.natural_float, help="(default: 7e-4; cifar100 madry, trades 2e-4; rst, digits 5e-4)")
+    add("--epsilon", type=cli.ratio, help="radius of the L-inf ball (default: 8/255; rst: 0.031; digits: 0.05)")
+    add("--step-size", type=cli.ratio, help="of the attack (default: epsilon / 4; rst: 0.007)")
     add("--num-steps", type=cli.positive_int, help="of the attack (default: 10)")
     add("--random-start", choices=attacks.RANDOM_STARTS, help="of the attack (default: gaussian)")
     cli.add_runtime_flags(parser)
@@ -89,12 +96,12 @@ def parse_args(argv=None):
 
 
 def with_defaults(typed):
-    """typed plus the defaults of its data set and defense; raises ValueError where flags contradict one another."""
+    """typed plus the defaults of its data set, defense and recipe; ValueError where flags contradict one another."""
     if "defense" not in typed:
         raise ValueError(f"--defense is required: {', '.join(OUTER)}")
-    args, dataset = {}, typed.get("dataset", "cifar10")
-    for when_dataset, when_defense, defaults in DEFAULTS:
-        if when_dataset in (None, dataset) and when_defense in (None, typed["defense"]):
+    args, of = {}, (typed.get("dataset", "cifar10"), typed["defense"], typed.get("recipe", "mart"))
+    for *when, defaults in DEFAULTS:
+        if all(wanted in (None, value) for wanted, value in zip(when, of, strict=True)):
             args |= defaults
     args = Namespace(**args | typed)
     models.parse_arch(args.arch)
@@ -107,17 +114,18 @@ def with_defaults(typed):
         (args.lr_schedule != "step" and first, f"--lr-milestones: --lr-schedule {args.lr_schedule} has none"),
         (first > second, f"--lr-milestones {first} {second} are out of order"),
         (args.nesterov and args.momentum == 0, "--nesterov needs a --momentum above 0"),
+        (args.aux_data is None and "aux_fraction" in typed, "--aux-fraction goes with --aux-data"),
     ):
         if wrong:
             raise ValueError(why)
     if "lr_milestones" not in typed:
         args.lr_milestones = [math.ceil(args.epochs * 75 / 90), args.epochs]
-    if "step_size" not in typed:
+    if not hasattr(args, "step_size"):
         args.step_size = str(Fraction(args.epsilon) / 4)
     if "out_dir" not in typed:
         spat = "" if args.spat_alpha is None else f"-spat{args.spat_alpha:g}"
         name = pathlib.Path(args.dataset).resolve().name if args.dataset not in data.NAMED else args.dataset
-        args.out_dir = f"runs/{name}-{args.arch}-{args.defense}{spat}-s{args.seed}"
+        args.out_dir = f"runs/{name}-{args.arch}-{args.defense}{spat}{'-aux' if args.aux_data else ''}-s{args.seed}"
     return args
 
 
@@ -136,7 +144,8 @@ def new_or_resumed(typed):
         if key not in FREE_ON_RESUME and value not in ("auto", of_the_run):
             flag = "--" + key.replace("_", "-")
             raise ValueError(f"--resume: {flag} {value} would alter the run in {out_dir}, which has {of_the_run}")
-    return Namespace(**state["args"] | typed | {"out_dir": out_dir}), state
+    before_rst = {"recipe": "mart", "aux_data": None, "aux_fraction": 0.5}  # for runs of older versions
+    return Namespace(**before_rst | state["args"] | typed | {"out_dir": out_dir}), state
 
 
 def learning_rate(args, epoch, progress):
@@ -182,18 +191,6 @@ def build_optimizer(model, args):
                            nesterov=args.nesterov, fused=True)
 
 
-class BothPasses(torch.nn.Module):
-    """(x, x_adv) -> (logits_nat, logits_adv), None for None. x and x_adv go through the model apart, natural first:
-    together they would share their batch statistics. One module, as DistributedDataParallel wants one forward call."""
-
-    def __init__(self, model, forward_pass):
-        super().__init__()
-        self.model, self.forward_pass = model, forward_pass
-
-    def forward(self, x, x_adv):
-        return tuple(None if batch is None else self.forward_pass(batch) for batch in (x, x_adv))
-
-
 def inner_maximisation(model, plain, forward, x, y, start, args):
     """x_adv, Eq. 10: PGD on the frozen model. plain: the eager forward pass, for what is computed once a batch."""
     objective, target = INNER[args.defense], y
@@ -230,6 +227,7 @@ def train(args, state, train_set, val_set, device, stop=()):
     adversarial = args.defense != "standard"
     steps_per_epoch = math.ceil(len(train_set.labels) / args.batch_size)
     total_steps = args.epochs * steps_per_epoch
+    aux = round(args.aux_fraction * args.batch_size) if args.aux_data else 0
     first_step, rows, best, sums = 0, [], -1.0, torch.zeros(6, device=device)
     if state is not None:
         model.load_state_dict(state["state_dict"])
@@ -239,7 +237,7 @@ def train(args, state, train_set, val_set, device, stop=()):
             print(f"resumed on {[device.type, world]}, was on {state['on']}: no longer equal to the bit")
     x = data.to_float(train_set.images[torch.arange(args.batch_size, device=device) % len(train_set.labels)][mine])
     plain, forward = cli.pick_forward(args, model, x, (total_steps - first_step) * (args.num_steps + 4))
-    both = BothPasses(model, forward)
+    both = models.BothPasses(model, forward)
     if world > 1:
         both = torch.nn.parallel.DistributedDataParallel(both, broadcast_buffers=False)
 
@@ -259,11 +257,12 @@ def train(args, state, train_set, val_set, device, stop=()):
     for step in range(first_step, total_steps):
         epoch, i = divmod(step, steps_per_epoch)
         if i == 0 or step == first_step:
-            order = data.batches(len(train_set.labels), args.batch_size, args.seed, epoch).to(device)
+            order = data.batches(len(train_set.labels), args.batch_size, args.seed, epoch, aux).to(device)
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(args, epoch + 1, step / total_steps)
         rng = data.step_generator(device, args.seed, step)  # it draws for all processes; each takes its part
-        x, y = data.augment(train_set.images[order[i]], rng), train_set.labels[order[i]]
+        images, y = data.mixed(train_set, order[i], aux, rng)
+        x = data.augment(images, rng)
         start = attacks.start_perturbation(args.random_start, x, float(Fraction(args.epsilon)), rng)
         x, y, start = x[mine], y[mine], start[mine]
 
@@ -320,6 +319,8 @@ def main(argv=None):
                 raise ValueError(f"--batch-size {args.batch_size} cannot be split evenly over {world} processes")
             dataset = data.load(args.dataset, args.data_dir, train=True)
             train_set, val_set = data.split(dataset, args.val_size, args.limit_train)
+            if args.aux_data:
+                train_set = data.pseudo_labelled(args.aux_data, checkpoints.load_arrays(args.aux_data), train_set)
             cli.any_process()  # all have looked at the directory before one writes into it
             out_dir = pathlib.Path(args.out_dir)
             if rank == 0:

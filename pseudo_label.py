@@ -1,0 +1,75 @@
+"""Label unlabelled images with a model: the pseudo-labels that RST trains on.
+
+    python pseudo_label.py --model-path runs/NAME/best.pt --images IN --output OUT.npz
+
+IN: an .npz or a pickle with the array `data` (uint8, N x 32 x 32 x 3 or N x 3 x 32 x 32), or a folder of images of one
+size. OUT.npz: `data` as it was and `extrapolated_targets`, for train_cifar.py --aux-data.
+"""
+
+import pathlib
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+import attacks
+import checkpoints
+import cli
+import data
+import models
+
+
+def parse_args(argv=None):
+    parser = cli.Parser(prog="pseudo_label.py", description=__doc__)
+    add = parser.add_argument
+    add("--model-path", required=True, metavar="FILE", help="the model that labels")
+    add("--images", required=True, metavar="IN", help="the unlabelled images")
+    add("--output", required=True, metavar="OUT.npz", help="where to write; must not exist")
+    add("--normalize", nargs=2, type=cli.three_numbers, metavar=("MEAN", "STD"),
+        help="of a released model that was trained on normalised images (default: none)")
+    add("--batch-size", type=cli.positive_int, default=512, help="(default: 512)")
+    add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="(default: auto)")
+    return parser, parser.parse_args(argv)
+
+
+def read_images(path):
+    """The array `data` of a file, or the images of a folder, in the order of their names; uint8. Raises ValueError."""
+    if not path.is_dir():
+        arrays = checkpoints.load_arrays(path)
+        data.as_images(path, arrays)  # its checks
+        return arrays["data"]
+    files = sorted(file for file in path.iterdir() if file.suffix.lower() in data.IMAGE_SUFFIXES)
+    if not files:
+        raise ValueError(f"{path} holds no images ({', '.join(data.IMAGE_SUFFIXES)})")
+    return np.stack(data.read_image_files(files))
+
+
+def main(argv=None):
+    parser, args = parse_args(argv)
+    output = pathlib.Path(args.output)
+    try:
+        if output.exists():
+            raise ValueError(f"--output {output} exists already")
+        if output.suffix != ".npz" or not output.resolve().parent.is_dir():
+            raise ValueError(f"--output {output} must be an .npz in a folder that exists")
+        device = cli.pick_device(args.device)
+        model, info = checkpoints.load_model(args.model_path, normalize=args.normalize)
+        arrays = {"data": read_images(pathlib.Path(args.images))}
+        images = data.as_images(args.images, arrays)
+    except (ValueError, OSError) as error:
+        parser.error(error)
+    model = model.to(device)
+    labels = torch.empty(len(images), dtype=torch.long)
+    with models.frozen(model), tqdm(total=len(images), unit="img", unit_scale=True, dynamic_ncols=True) as bar:
+        for positions in torch.arange(len(images)).split(args.batch_size * 16):  # so that few are float at a time
+            logits = attacks.attacked_logits(model, images[positions].to(device), labels[positions].to(device),
+                                             batch_size=args.batch_size, progress=bar.update)
+            labels[positions] = logits.argmax(1).cpu()
+    arrays["extrapolated_targets"] = labels.numpy()
+    checkpoints.write_atomically(output, lambda file: np.savez(file, **arrays))
+    counts = torch.bincount(labels, minlength=info["num_classes"]).tolist()
+    print(f"{output}: {len(images)} images; images a class: {counts}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,247 @@
+"""Training with pseudo-labelled images: the sampler, the files and their faults, the recipe, and pseudo_label.py."""
+
+import collections
+import io
+import os
+import pickle
+
+import numpy as np
+import pytest
+import torch
+from conftest import fails_in_one_line
+from PIL import Image
+from test_train import TINY, arguments, without_times
+
+import checkpoints
+import data
+import pseudo_label
+import train_cifar
+
+
+def made(n=30, seed=0, num_classes=10):
+    g = np.random.default_rng(seed)
+    return {"data": g.integers(256, size=(n, 32, 32, 3), dtype=np.uint8),
+            "extrapolated_targets": g.integers(num_classes, size=n)}
+
+
+@pytest.fixture
+def aux_file(tmp_path):
+    np.savez(tmp_path / "aux.npz", **made())
+    return tmp_path / "aux.npz"
+
+
+def numbered(n, first, label):
+    """n images, each of one value that says which it is."""
+    values = torch.arange(first, first + n, dtype=torch.uint8)
+    return data.Dataset(values[:, None, None, None].expand(n, 3, 4, 4), torch.full((n,), label), list("ab"))
+
+
+@pytest.mark.parametrize(("n", "batch_size", "fraction"), [(50_000, 256, 0.5), (1000, 128, 0.25), (10, 4, 0.5)])
+def test_an_epoch_is_as_long_as_without(n, batch_size, fraction):
+    aux = round(fraction * batch_size)
+    order = data.batches(n, batch_size, 1, 3, aux)
+    assert order.shape == (-(-n // batch_size), batch_size - aux)  # RST: 196 batches of 256, half labelled
+    assert len(order.unique()) == min(n, order.numel())  # no labelled image twice while there are others
+    assert not torch.equal(order, data.batches(n, batch_size, 1, 4, aux))
+    assert torch.equal(data.batches(n, batch_size, 1, 3, 0), data.batches(n, batch_size, 1, 3))
+
+
+def test_a_batch_is_mixed_shuffled_and_repeatable():
+    mixed = numbered(50, 0, 0)._replace(aux=numbered(100, 100, 1))
+    places, drawn = torch.zeros(16), collections.Counter()
+    for step in range(400):
+        indices = data.batches(50, 16, 0, step, 8)[0]
+        images, labels = data.mixed(mixed, indices, 8, data.step_generator("cpu", 0, step))
+        values = images[:, 0, 0, 0].long()
+        assert labels.sum() == 8 and torch.equal(labels == 1, values >= 100)  # each image keeps its label
+        assert torch.equal(values[labels == 0].sort().values, indices.sort().values)
+        again, _ = data.mixed(mixed, indices, 8, data.step_generator("cpu", 0, step))
+        assert torch.equal(images, again)
+        places += labels
+        drawn.update(values[labels == 1].tolist())
+    assert places.min() > 150 and places.max() < 250  # about half of 400, at every place of the batch
+    assert len(drawn) == 100 and max(drawn.values()) < 80  # 32 on average
+
+
+def test_no_aux_draws_nothing():
+    """So that runs without it keep their bits."""
+    g = data.step_generator("cpu", 0, 0)
+    before = g.get_state()
+    images, labels = data.mixed(numbered(5, 0, 0), torch.tensor([3, 1]), 0, g)
+    assert torch.equal(g.get_state(), before) and images[:, 0, 0, 0].tolist() == [3, 1]
+
+
+def test_the_forms_of_the_file(tmp_path):
+    """RST's pickle in every protocol, with an array or a list of labels, and .npz in both layouts: all the same."""
+    arrays, like = made(), data.load("digits")
+    forms = {f"protocol{p}.pickle": pickle.dumps(arrays, protocol=p) for p in range(pickle.HIGHEST_PROTOCOL + 1)}
+    forms["list.pickle"] = pickle.dumps(arrays | {"extrapolated_targets": arrays["extrapolated_targets"].tolist()})
+    forms["old.pickle"] = pickle.dumps(arrays, protocol=2).replace(b"numpy._core", b"numpy.core")  # numpy 1's name
+    for name, change in (("nhwc", {}), ("nchw", {"data": arrays["data"].transpose(0, 3, 1, 2)}),
+                         ("more", {"source": np.arange(3)})):
+        buffer = io.BytesIO()
+        np.savez(buffer, **arrays | change)
+        forms[f"{name}.npz"] = buffer.getvalue()
+    for name, content in forms.items():
+        (tmp_path / name).write_bytes(content)
+        aux = data.pseudo_labelled(name, checkpoints.load_arrays(tmp_path / name), like).aux
+        assert torch.equal(aux.images.permute(0, 2, 3, 1), torch.from_numpy(arrays["data"])), name
+        assert aux.labels.tolist() == arrays["extrapolated_targets"].tolist() and aux.labels.dtype == torch.int64
+    assert len(forms) == 11
+    read = checkpoints.load_arrays(tmp_path / "nhwc.npz")
+    aux = data.pseudo_labelled("", read, like).aux
+    assert aux.images.data_ptr() == read["data"].ctypes.data  # 1.5 GB are not copied
+    assert aux.images.is_contiguous(memory_format=torch.channels_last)
+
+
+class Payload:
+    def __init__(self, path):
+        self.path = str(path)
+
+    def __reduce__(self):
+        return os.mkdir, (self.path,)
+
+
+def bad(**change):
+    return pickle.dumps({k: v for k, v in (made() | change).items() if v is not None})
+
+
+BAD = {
+    "no data": (bad(data=None), "no `data`"),
+    "no labels": (bad(extrapolated_targets=None), "no `extrapolated_targets`"),
+    "floats": (bad(data=np.zeros((30, 32, 32, 3))), "float64"),
+    "flat": (bad(data=np.zeros((30, 3072), np.uint8)), "(30, 3072)"),
+    "another size": (bad(data=np.zeros((30, 16, 16, 3), np.uint8)), "(3, 16, 16)"),
+    "labels as floats": (bad(extrapolated_targets=np.zeros(30)), "30 integers"),
+    "label too high": (bad(extrapolated_targets=np.full(30, 10)), "labels from 10 to 10"),
+    "label below 0": (bad(extrapolated_targets=np.full(30, -1)), "labels from -1"),
+    "unequal lengths": (bad(extrapolated_targets=np.zeros(29, int)), "(29,)"),
+    "no images": (bad(data=np.zeros((0, 32, 32, 3), np.uint8), extrapolated_targets=np.zeros(0, int)), "no images"),
+    "a list": (pickle.dumps([1, 2]), "holds a list"),
+    "empty": (b"", "EOFError"),
+    "cut": (bad()[:5000], "neither"),
+    "html": (b"<html></html>", "neither"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_files_end_in_one_line(name, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    content, message = BAD[name]
+    (tmp_path / "aux").write_bytes(content)
+    argv = ["--defense", "trades", "--dataset", "digits", "--aux-data", "aux"]
+    error = fails_in_one_line(train_cifar.main, argv, capsys)
+    assert message in error or message == "EOFError" and "neither" in error
+    assert [f.name for f in tmp_path.iterdir()] == ["aux"]
+
+
+@pytest.mark.parametrize("where", ["list", "object array"])
+def test_code_in_a_pickle_is_not_run(where, tmp_path, capsys):
+    payload = Payload(tmp_path / "run")
+    payload = [payload] if where == "list" else np.array([payload], dtype=object)
+    (tmp_path / "aux").write_bytes(bad(extrapolated_targets=payload))
+    argv = ["--defense", "trades", "--dataset", "digits", "--aux-data", tmp_path / "aux", "--out-dir", tmp_path / "out"]
+    assert "posix.mkdir" in fails_in_one_line(train_cifar.main, argv, capsys)
+    np.savez(tmp_path / "aux.npz", **made() | {"extrapolated_targets": np.array([payload], dtype=object)})
+    argv[5] = tmp_path / "aux.npz"
+    fails_in_one_line(train_cifar.main, argv, capsys)
+    assert not (tmp_path / "run").exists() and not (tmp_path / "out").exists()
+    pickle.loads(bad(extrapolated_targets=Payload(tmp_path / "run")))  # the payload does work
+    assert (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("argv", [
+    ["--aux-fraction", "0.5"], ["--aux-data", "nowhere"], ["--aux-data", "aux.npz", "--aux-fraction", "1"],
+    ["--aux-data", "aux.npz", "--aux-fraction=-0.1"], ["--recipe", "fat"],
+])
+def test_bad_flags(argv, tmp_path, capsys, monkeypatch, aux_file):
+    monkeypatch.chdir(tmp_path)
+    fails_in_one_line(train_cifar.main, ["--defense", "mart", "--dataset", "digits", *argv], capsys)
+    assert [f.name for f in tmp_path.iterdir()] == ["aux.npz"]
+
+
+@pytest.mark.parametrize(("argv", "expected"), [
+    (["--defense", "trades", "--aux-data", "f"], dict(beta=6.0, out_dir="runs/cifar10-wrn-28-10-trades-aux-s1")),
+    (["--defense", "trades", "--spat-alpha", "0.1"], dict(beta=6.0, spat_alpha=0.1)),
+    (["--defense", "mart"], dict(beta=5.0)), (["--defense", "mart", "--no-nesterov"], dict(nesterov=False)),
+    (["--defense", "madry", "--dataset", "cifar100"], dict(weight_decay=5e-4, dataset="cifar100")),
+])
+def test_the_recipe_is_rsts(argv, expected):
+    args = arguments("--recipe", "rst", *argv)
+    rst = dict(arch="wrn-28-10", epochs=200, batch_size=256, lr=0.1, lr_schedule="cosine", momentum=0.9, nesterov=True,
+               weight_decay=5e-4, epsilon="0.031", step_size="0.007", num_steps=10, val_size=0, aux_fraction=0.5)
+    assert {key: getattr(args, key) for key in rst | expected} == rst | expected
+
+
+def test_the_loss_sees_the_pseudo_labels(tmp_path, monkeypatch):
+    """Half of what the training step is given are the file's images (crops of them) with the file's labels."""
+    arrays = made() | {"data": np.full((30, 32, 32, 3), 255, np.uint8), "extrapolated_targets": np.full(30, 7)}
+    np.savez(tmp_path / "aux.npz", **arrays)
+    seen, real = [], train_cifar.outer_minimisation
+
+    def spy(both, optimizer, x, x_adv, y, args):
+        seen.append((x[:, :, 12:20, 12:20].mean((1, 2, 3)) == 1, y))
+        return real(both, optimizer, x, x_adv, y, args)
+
+    monkeypatch.setattr(train_cifar, "outer_minimisation", spy)
+    train_cifar.main(["--defense", "trades", *TINY, "--aux-data", str(tmp_path / "aux.npz"), "--aux-fraction", "0.25",
+                      "--out-dir", str(tmp_path / "run")])
+    for white, y in seen:
+        assert white.sum() == len(y) // 4 and (y[white] == 7).all()
+
+
+def test_a_stopped_run_goes_on_to_the_same_end(tmp_path, monkeypatch, aux_file, capsys):
+    argv = ["--defense", "mart", "--spat-alpha", "0.1", *TINY, "--save-minutes", "0", "--aux-data", str(aux_file)]
+    train_cifar.main([*argv, "--out-dir", str(tmp_path / "whole")])
+    real, calls = data.augment, []
+
+    def stop(*args):
+        calls.append(1)
+        if len(calls) > 2:
+            raise KeyboardInterrupt
+        return real(*args)
+
+    monkeypatch.setattr(data, "augment", stop)
+    with pytest.raises((KeyboardInterrupt, SystemExit)):
+        train_cifar.main([*argv, "--out-dir", str(tmp_path / "cut")])
+    monkeypatch.setattr(data, "augment", real)
+    resume = ["--resume", "--out-dir", str(tmp_path / "cut")]
+    capsys.readouterr()
+    assert "--aux-fraction 0.25" in fails_in_one_line(train_cifar.main, [*resume, "--aux-fraction", "0.25"], capsys)
+    train_cifar.main(resume)
+    assert without_times(tmp_path / "cut/log.csv") == without_times(tmp_path / "whole/log.csv")
+    whole, cut = (checkpoints.load(tmp_path / run / "last.pt")["state_dict"] for run in ("whole", "cut"))
+    assert all(torch.equal(whole[key], cut[key]) for key in whole)
+
+
+def test_pseudo_labels_are_the_models(model_path, tmp_path, capsys):
+    test = data.load("digits", train=False)
+    images = test.images.permute(0, 2, 3, 1).numpy()[:100]
+    np.savez(tmp_path / "in.npz", data=images)
+    (tmp_path / "in.pickle").write_bytes(pickle.dumps({"data": images}))
+    (tmp_path / "folder").mkdir()
+    for i, image in enumerate(images):
+        Image.fromarray(image).save(tmp_path / "folder" / f"{i:03}.png")
+    model, _ = checkpoints.load_model(model_path)
+    with torch.no_grad():
+        expected = model(test.images[:100] / 255).argmax(1)
+    for source in ("in.npz", "in.pickle", "folder"):
+        out = tmp_path / f"{source}.out.npz"
+        pseudo_label.main(["--model-path", str(model_path), "--images", str(tmp_path / source), "--output", str(out),
+                           "--batch-size", "2"])
+        arrays = checkpoints.load_arrays(out)
+        assert np.array_equal(arrays["data"], images)
+        assert arrays["extrapolated_targets"].tolist() == expected.tolist()
+        data.pseudo_labelled(out, arrays, test)  # train_cifar.py takes it
+    assert "100 images" in capsys.readouterr().out
+
+
+def test_what_pseudo_label_refuses(model_path, tmp_path, capsys):
+    np.savez(tmp_path / "in.npz", data=made()["data"])
+    (tmp_path / "there.npz").write_bytes(b"precious")
+    (tmp_path / "empty").mkdir()
+    for images, output in (("in.npz", "there.npz"), ("none.npz", "o.npz"), ("in.npz", "no/o.npz"), ("in.npz", "o.pt"),
+                           ("empty", "o.npz"), ("there.npz", "o.npz")):
+        fails_in_one_line(pseudo_label.main, ["--model-path", model_path, "--images", tmp_path / images,
+                                              "--output", tmp_path / output], capsys)
+    assert (tmp_path / "there.npz").read_bytes() == b"precious" and not (tmp_path / "o.npz").exists()
