@@ -31,11 +31,11 @@ def start_perturbation(kind, like, epsilon, generator=None):
 def start_per_image(kind, like, epsilon, indices, seed=0, restart=0):
     """The same, one draw an image, each a function of (seed, restart, the image's index) alone: an evaluation's
     result then depends on neither its batch size nor the number of processes. Drawn on the CPU."""
-    starts = []
+    starts, one = [], torch.empty_like(like[:1], device="cpu")
     for index in indices.tolist():
         # seeds of one evaluation differ in the low bits only, which torch's Mersenne twister spreads well enough
         generator = torch.Generator().manual_seed((seed * 1000 + restart) * 10_000_000 + index)
-        starts.append(start_perturbation(kind, like[:1].cpu(), epsilon, generator))
+        starts.append(start_perturbation(kind, one, epsilon, generator))
     return torch.zeros_like(like) + torch.cat(starts).to(like.device)
 
 

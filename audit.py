@@ -36,7 +36,7 @@ WIDE_GAP = 0.10  # PGD-20 above AutoAttack; 5 to 7 points are usual for plain ad
 
 def parse_args(argv=None):
     parser = cli.Parser(prog="audit.py", description=__doc__)
-    eval_attacks.add_model_flags(parser)
+    eval_attacks.add_model_flags(parser, images="256, or all if there are fewer")
     add = parser.add_argument
     add("--epsilon", type=cli.ratio, help="radius of the L-inf ball (default: 8/255; digits: 0.05)")
     add("--batch-size", type=cli.positive_int, default=256, help="(default: 256)")
@@ -45,7 +45,6 @@ def parse_args(argv=None):
     add("--oracle", metavar="FILE", help="another robust model, to judge the adversarial examples of this one")
     add("--alphas", nargs="+", type=cli.unit_float, metavar="A", default=[0.0, 0.1, 0.2, 0.4, 0.6, 0.8, 1.0],
         help="values of α of PGD-LS to judge with --oracle (default: 0 0.1 0.2 0.4 0.6 0.8 1)")
-    parser.set_defaults(num_images=256)
     return parser, parser.parse_args(argv)
 
 
@@ -126,7 +125,8 @@ def check_order(bench):
 
 def check_radius(bench):
     """Within 0.5 of any image lies plain grey, which has no class: accuracy must fall to 0."""
-    epsilons = [bench.args.epsilon] + [str(k * Fraction(bench.args.epsilon)) for k in (2, 4)] + ["1/2"]
+    epsilons = sorted({Fraction(1, 2)} | {min(k * Fraction(bench.args.epsilon), Fraction(1, 2)) for k in (1, 2, 4)})
+    epsilons = [str(epsilon) for epsilon in epsilons]
     masks = [bench.right(bench.attacked("ce", epsilon=epsilon, num_steps=40)) for epsilon in epsilons]
     fine = share(masks[-1]) <= TOLERANCE and not any(raised(a, b) for a, b in zip(masks, masks[1:], strict=False))
     return steps_of(epsilons, masks), fine, "accuracy under PGD-40 at " + ", ".join(
@@ -203,26 +203,30 @@ def verdict(checks):
 
 
 def judged(bench, oracle, name, x_adv, epsilon):
-    """The row of one attack: what the source model and the oracle make of x_adv, and how far it is from x."""
+    """The row of one attack: what the source model and the oracle make of x_adv, and how far it is from x. Over all
+    images, but for oracle_agrees_where_source_fails."""
     delta = (x_adv - bench.x).flatten(1)
     seen = bench.logits(x_adv, oracle)
     true = seen.softmax(1).gather(1, bench.test.labels[:, None])[:, 0]
-    return {"name": name, "epsilon": epsilon, "source_accuracy": share(bench.right(x_adv)),
-            "oracle_agrees": share(seen.argmax(1) == bench.test.labels), "oracle_p_true": true.mean().item(),
+    agrees, fooled = (seen.argmax(1) == bench.test.labels).cpu(), ~bench.right(x_adv)
+    return {"name": name, "epsilon": epsilon, "source_accuracy": 1 - share(fooled), "oracle_agrees": share(agrees),
+            "oracle_agrees_where_source_fails": share(agrees[fooled]) if fooled.any() else None,
+            "oracle_p_true": true.mean().item(),
             "l_inf": delta.abs().amax(1).mean().item(), "l2": delta.norm(dim=1).mean().item(),
             "at_edge": share(delta.abs() >= epsilon - 1e-6)}
 
 
 def matched_radius(bench, accuracy, halvings=8):
-    """The smallest radius, by bisection below ε, at which PGD-20 on CE leaves at most this accuracy."""
-    low, high = Fraction(0), Fraction(bench.args.epsilon)
+    """(the smallest radius, by bisection below ε, at which PGD-20 on CE leaves at most this accuracy, True); (ε, False)
+    where none below ε does."""
+    low, high, found = Fraction(0), Fraction(bench.args.epsilon), False
     for _ in range(halvings):
         middle = (low + high) / 2
         if share(bench.right(bench.attacked("ce", epsilon=str(middle)))) <= accuracy:
-            high = middle
+            high, found = middle, True
         else:
             low = middle
-    return high
+    return high, found
 
 
 def semantics(bench, oracle, progress):
@@ -235,19 +239,22 @@ def semantics(bench, oracle, progress):
     for name, objective, params in todo:
         rows.append(judged(bench, oracle, name, bench.attacked(objective, **params), epsilon))
         if objective != "ce":
-            radius = matched_radius(bench, rows[-1]["source_accuracy"])
-            rows.append(judged(bench, oracle, f"  PGD-CE as strong as {name}", bench.attacked("ce", str(radius)),
-                               float(radius)))
+            radius, found = matched_radius(bench, rows[-1]["source_accuracy"])
+            name = f"  PGD-CE {'as strong as' if found else 'at ε, weaker than'} {name}"
+            rows.append(judged(bench, oracle, name, bench.attacked("ce", str(radius)), float(radius)))
         progress()
     return rows
 
 
 def semantics_table(rows):
-    lines = [f"{'attack':<30}{'ε':>7}{'source right':>14}{'oracle right':>14}{'oracle p_y':>12}{'L-inf':>8}{'L2':>7}"
-             f"{'at edge':>9}"]
-    return "\n".join(lines + [
-        f"{row['name']:<30}{row['epsilon']:>7.4f}{row['source_accuracy']:>14.1%}{row['oracle_agrees']:>14.1%}"
-        f"{row['oracle_p_true']:>12.3f}{row['l_inf']:>8.4f}{row['l2']:>7.3f}{row['at_edge']:>9.1%}" for row in rows])
+    lines = [f"{'attack':<36}{'ε':>7}{'source right':>14}{'oracle right':>14}{'where source fails':>20}"
+             f"{'oracle p_y':>12}{'L-inf':>8}{'L2':>7}{'at edge':>9}"]
+    for row in rows:
+        fooled = row["oracle_agrees_where_source_fails"]
+        lines.append(f"{row['name']:<36}{row['epsilon']:>7.4f}{row['source_accuracy']:>14.1%}"
+                     f"{row['oracle_agrees']:>14.1%}{'' if fooled is None else format(fooled, '.1%'):>20}"
+                     f"{row['oracle_p_true']:>12.3f}{row['l_inf']:>8.4f}{row['l2']:>7.3f}{row['at_edge']:>9.1%}")
+    return "\n".join(lines)
 
 
 def main(argv=None):
@@ -261,38 +268,56 @@ def main(argv=None):
             oracle, oracle_info = checkpoints.load_model(args.oracle, device, num_classes=info["num_classes"])
             if oracle_info["sha256"] == info["sha256"]:
                 raise ValueError("--oracle is the model itself: a second, separately trained one is needed")
+            if "args" in oracle_info and oracle_info["args"]["dataset"] != dataset:
+                raise ValueError(f"--oracle was trained on {oracle_info['args']['dataset']}, not on {dataset}")
     except (ValueError, OSError) as error:
         parser.error(error)
+    test = test if args.num_images else test.subset(slice(256))
     args.epsilon = args.epsilon or data.EPSILON.get(dataset, "8/255")
     model, test = model.to(device), test.to(device)
     passes = (sum(STEPS) + 60 * RESTARTS + (200 * len(args.alphas) if oracle else 0)) * len(test.labels)
     x = data.to_float(test.images[:args.batch_size])
     _, forward = cli.pick_forward(args, model, x, math.ceil(passes / len(x)))
     result = {"model": scores.describe(info, dataset), "n": len(test.labels), "epsilon": args.epsilon,
-              "seed": args.seed, "device": cli.device_name(device), "precision": args.precision,
-              "torch": torch.__version__, "checks": [],
+              "seed": args.seed, "device": scores.device_name(device), "precision": args.precision,
+              "torch": torch.__version__, "complete": False, "checks": [],
               "command": shlex.join(["python", "audit.py", *(sys.argv[1:] if argv is None else argv)])}
-    with models.frozen(model), tqdm(total=len(CHECKS) + (2 + len(args.alphas) if oracle else 0), unit="part",
-                                    dynamic_ncols=True) as bar:
-        bench = Bench(model, forward, test, args)
+    if oracle:
+        result["oracle"] = scores.describe(oracle_info, dataset)
+    try:
+        audit(Bench(model, forward, test, args), oracle, result)
+    except KeyboardInterrupt:  # what is finished stands in the JSON, marked as incomplete
+        sys.exit(130)
+    except OSError as error:
+        sys.exit(f"{parser.prog}: {error}")
+    return result
+
+
+def audit(bench, oracle, result):
+    """Run the checks, and with an oracle the semantics, and put them into `result`, on the screen and into the JSON."""
+    parts = len(CHECKS) + (2 + len(bench.args.alphas) if oracle else 0)
+    with models.frozen(bench.model), tqdm(total=parts, unit="part", dynamic_ncols=True) as bar:
         for name, check in CHECKS.items():
             bar.set_description(name)
             numbers, fine, words = check(bench)
             result["checks"].append({"name": name, "fine": bool(fine), "numbers": numbers, "words": words})
             bar.write(f"{'ok  ' if fine else 'FLAG'} {name}: {words}")
             bar.update()
+            write(bench.args.json, result)
         result["verdict"] = verdict(result["checks"])
+        bar.write("\n".join(result["verdict"]))
         if oracle:
             bar.set_description("oracle")
             with models.frozen(oracle):
-                result["oracle"] = scores.describe(oracle_info, dataset)
                 result["semantics"] = semantics(bench, oracle, bar.update)
-    print("\n".join(result["verdict"]))
-    if oracle:
-        print(semantics_table(result["semantics"]))
-    if args.json:
-        checkpoints.write_atomically(args.json, json.dumps(result, indent=1).encode())
-    return result
+            bar.write(semantics_table(result["semantics"]))
+    result["complete"] = True
+    write(bench.args.json, result)
+
+
+def write(path, result):
+    if path:
+        checkpoints.write_atomically(path, json.dumps(result, indent=1).encode())
 
 
 if __name__ == "__main__":

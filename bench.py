@@ -25,6 +25,7 @@ import checkpoints
 import cli
 import losses
 import models
+import scores
 import train_cifar
 
 
@@ -298,7 +299,7 @@ def table(result):
 
 def main(argv=None):
     args = parse_args(argv)
-    result = {"device": cli.device_name(args.torch_device), "torch": torch.__version__, "scaling": args.scaling,
+    result = {"device": scores.device_name(args.torch_device), "torch": torch.__version__, "scaling": args.scaling,
               "command": " ".join(["python", "bench.py", *(sys.argv[1:] if argv is None else argv)]),
               "settings": {k: v for k, v in vars(args).items() if isinstance(v, str | int)}}
     result |= scaling(args) if args.scaling else compare(args)

@@ -140,6 +140,8 @@ def _normalisation(state, content, stated):
     elif stated is None and (place not in (None, "0") or content.get("normalize_input")):
         raise ValueError("it was trained behind a normalisation that is not in the file: state it with --normalize "
                          "MEAN STD (0,0,0 1,1,1 for none)")
+    if stated and min(stated[1]) <= 0:
+        raise ValueError("--normalize: a standard deviation must be above 0")
     if found and stated:
         raise ValueError(f"--normalize: the file holds its own, {found[0]} and {found[1]}")
     return state, found or stated
@@ -208,7 +210,7 @@ def load_arrays(path):
     try:
         if zipfile.is_zipfile(path):
             with np.load(path) as file:
-                return dict(file)
+                return {name: value for name, value in file.items() if isinstance(value, np.ndarray)}
         with open(path, "rb") as file:
             content = _ArraysOnly(file).load()
         if isinstance(content, dict):

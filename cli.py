@@ -5,9 +5,9 @@ import argparse
 import contextlib
 import ctypes
 import datetime
+import math
 import os
 import pathlib
-import platform
 import sys
 import time
 from fractions import Fraction
@@ -45,8 +45,9 @@ def _checked(convert, accept, wanted):
     return parse
 
 
-positive_int = _checked(int, lambda v: v > 0, "an integer above 0")
-natural_int = _checked(int, lambda v: v >= 0, "an integer of 0 or more")
+# below 2**30, so that torch's 64 bits hold whatever is made of them
+positive_int = _checked(int, lambda v: 0 < v < 2**30, "an integer above 0 (and below 2^30)")
+natural_int = _checked(int, lambda v: 0 <= v < 2**30, "an integer of 0 or more (and below 2^30)")
 positive_float = _checked(float, lambda v: 0 < v < float("inf"), "a number above 0")
 natural_float = _checked(float, lambda v: 0 <= v < float("inf"), "a number of 0 or more")
 fraction_below_one = _checked(float, lambda v: 0 <= v < 1, "a number of 0 or more and below 1")
@@ -58,13 +59,25 @@ def three_numbers(text):
     def convert(text):
         return tuple(float(part) for part in text.split(","))
 
-    return _checked(convert, lambda v: len(v) == 3, "three numbers with commas between, one a channel")(text)
+    accept = _checked(convert, lambda v: len(v) == 3 and all(map(math.isfinite, v)), "three numbers, as in 0.5,0.5,0.5")
+    return accept(text)
 
 
 def ratio(text):
     """"8/255" or "0.031", as given, after a check that it lies in (0, 1]: images have values in [0, 1]."""
     _checked(Fraction, lambda v: 0 < v <= 1, "a fraction or decimal in (0, 1], such as 8/255 or 0.031")(text)
     return text
+
+
+def check_output(flag, path):
+    """ValueError if a file could not be written at `path`, before the work whose result it is to hold; None passes."""
+    if path is None:
+        return
+    path = pathlib.Path(path)
+    if not path.resolve().parent.is_dir():
+        raise ValueError(f"{flag} {path}: its folder does not exist")
+    if path.is_dir() or not path.name or not os.access(path.resolve().parent, os.W_OK):
+        raise ValueError(f"{flag} {path}: cannot be written there")
 
 
 def add_runtime_flags(parser, default=None):
@@ -81,7 +94,9 @@ def pick_device(name):
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda: torch finds no CUDA device here")
-    if name == "cpu":
+    if name == "cuda":
+        torch.backends.cudnn.allow_tf32 = False  # torch's default rounds float32 convolutions to 10 bits
+    else:
         _keep_freed_memory()
     return torch.device(name)
 
@@ -93,18 +108,6 @@ def _keep_freed_memory():
         libc = ctypes.CDLL("libc.so.6")
         libc.mallopt(-4, 0)  # M_MMAP_MAX: no buffer is mapped apart
         libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: nor is the heap's end given back
-
-
-def device_name(device):
-    """"NVIDIA H100 80GB HBM3", or the CPU's model and the number of threads."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name()
-    try:
-        lines = pathlib.Path("/proc/cpuinfo").read_text().splitlines()
-        model = next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        model = platform.processor() or platform.machine()
-    return f"{model}, {torch.get_num_threads()} threads"
 
 
 def timed(function, device):

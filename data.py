@@ -4,6 +4,7 @@ Nothing here reads or sets a global random state: every draw comes from a genera
 randomness of a training step is a function of (seed, step).
 """
 
+import contextlib
 import pathlib
 from typing import NamedTuple
 
@@ -45,9 +46,13 @@ def _cifar(name, data_dir, train):
     cls = {"cifar10": torchvision.datasets.CIFAR10, "cifar100": torchvision.datasets.CIFAR100}[name]
     folder = pathlib.Path(data_dir, cls.base_folder)
     if not folder.exists():
+        new = [path for path in (folder.parent, *folder.parent.parents) if not path.exists()]
         try:
             cls(data_dir, train=train, download=True)
         except (OSError, RuntimeError) as error:
+            for path in new:  # torchvision makes the folder before it finds no network
+                with contextlib.suppress(OSError):
+                    path.rmdir()
             raise ValueError(
                 f"{folder} is not there and cannot be downloaded ({_one_line(error)}): put {cls.base_folder} from "
                 f"{cls.url} there, or use --dataset digits, which needs no download"

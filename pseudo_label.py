@@ -7,6 +7,7 @@ size. OUT.npz: `data` as it was and `extrapolated_targets`, for train_cifar.py -
 """
 
 import pathlib
+import sys
 
 import numpy as np
 import torch
@@ -50,8 +51,9 @@ def main(argv=None):
     try:
         if output.exists():
             raise ValueError(f"--output {output} exists already")
-        if output.suffix != ".npz" or not output.resolve().parent.is_dir():
-            raise ValueError(f"--output {output} must be an .npz in a folder that exists")
+        if output.suffix != ".npz":
+            raise ValueError(f"--output {output} must end in .npz")
+        cli.check_output("--output", output)
         device = cli.pick_device(args.device)
         model, info = checkpoints.load_model(args.model_path, normalize=args.normalize)
         arrays = {"data": read_images(pathlib.Path(args.images))}
@@ -66,7 +68,10 @@ def main(argv=None):
                                              batch_size=args.batch_size, progress=bar.update)
             labels[positions] = logits.argmax(1).cpu()
     arrays["extrapolated_targets"] = labels.numpy()
-    checkpoints.write_atomically(output, lambda file: np.savez(file, **arrays))
+    try:
+        checkpoints.write_atomically(output, lambda file: np.savez(file, **arrays))
+    except OSError as error:
+        sys.exit(f"{parser.prog}: {error}")
     counts = torch.bincount(labels, minlength=info["num_classes"]).tolist()
     print(f"{output}: {len(images)} images; images a class: {counts}")
 

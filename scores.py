@@ -1,6 +1,8 @@
 """The JSON of an evaluation: its entries, its reading, its table. Shared by the scripts that write and compare it."""
 
 import json
+import pathlib
+import platform
 from fractions import Fraction
 
 import numpy as np
@@ -19,6 +21,18 @@ TABLE_3 = {
     ("cifar100", "trades", 0.1): (55.54, 33.35, 31.20, 28.14),
     ("cifar100", "mart", 0.2): (60.28, 36.91, 34.66, 30.93),
 }
+
+
+def device_name(device):
+    """"NVIDIA H100 80GB HBM3", or the CPU's model and the number of threads."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name()
+    try:
+        lines = pathlib.Path("/proc/cpuinfo").read_text().splitlines()
+        model = next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        model = platform.processor() or platform.machine()
+    return f"{model}, {torch.get_num_threads()} threads"
 
 
 def describe(info, dataset):
@@ -49,8 +63,10 @@ def table(result):
     model = result["model"]
     spat = "" if model["spat_alpha"] is None else f" + SPAT (α {model['spat_alpha']:g})"
     trained = f", {model['defense']}{spat}, {model['epochs']} epochs, seed {model['seed']}" if model["defense"] else ""
+    epsilon = result["epsilon"]
     lines = [f"{model['path']}: {model['arch']} on {model['dataset']}{trained}",
-             f"the first {result['n']} test images; attacks at ε {result['epsilon']} crafted in {result['precision']}"
+             f"the first {result['n']} test images; attacks at ε {epsilon} crafted in {result['precision']}"
+             + (", AutoAttack's in fp32" if any("after" in row for row in result["attacks"]) else "")
              + ("" if result["complete"] else "; INCOMPLETE, it was stopped"),
              "",
              f"{'attack':<16} {'correct':>13} {'accuracy':>9}   95 % interval   {'seconds':>7}"]
@@ -60,7 +76,7 @@ def table(result):
                      f"{100 * low:5.2f} - {100 * high:5.2f}   {row['seconds']:>7.0f}")
         lines += [f"  after {name:<10} {'':>13} {share:>8.2%}" for name, share in row.get("after", {}).items()]
     paper = TABLE_3.get((model["dataset"], model["defense"], model["spat_alpha"]))
-    if paper and Fraction(result["epsilon"]) == Fraction(8, 255):
+    if paper and "," not in epsilon and Fraction(epsilon) == Fraction(8, 255):
         names = ("Natural", "FGSM", "PGD-20", "CW-inf")
         row = "  ".join(f"{name} {value:.2f}" for name, value in zip(names, paper, strict=True))
         lines.append("paper, Table 3 (WRN-34-10): " + row)
@@ -74,8 +90,7 @@ def correct_mask(row):
 
 
 def worst_case(rows):
-    """The entry in the JSON of the images that every attack among these entries left standing."""
-    rows = [row for row in rows if row["params"]]
+    """The entry in the JSON of the images that are right in every one of these entries."""
     masks = [correct_mask(row) for row in rows]
     return outcome("Worst case", {"of": [row["name"] for row in rows]}, torch.from_numpy(np.logical_and.reduce(masks)))
 

@@ -77,6 +77,7 @@ def test_what_the_oracle_sees(model_path, monkeypatch, tmp_path):
     rows = {row["name"]: row for row in result["semantics"]}
     assert list(rows) == ["Natural", "PGD-CE", "PGD-KL", "  PGD-CE as strong as PGD-KL", "PGD-LS 0",
                           "  PGD-CE as strong as PGD-LS 0", "PGD-LS 1", "  PGD-CE as strong as PGD-LS 1"]
+    assert rows["Natural"]["oracle_agrees_where_source_fails"] is not None  # the model is wrong on some
     test = data.load("digits", train=False).subset(slice(40))
     with torch.no_grad():
         p = oracle(test.images / 255).softmax(1)
@@ -91,9 +92,35 @@ def test_what_the_oracle_sees(model_path, monkeypatch, tmp_path):
     assert abs(weak["source_accuracy"] - as_strong["source_accuracy"]) <= 0.051  # two images
 
 
+def test_an_interrupted_audit_keeps_what_is_finished(model_path, tmp_path, monkeypatch):
+    def interrupted(bench):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(audit, "CHECKS", {"order": audit.check_order, "steps": interrupted})
+    with pytest.raises(SystemExit) as exit_info:
+        audit.main(["--model-path", str(model_path), *SMALL, "--json", str(tmp_path / "a.json")])
+    result = json.loads((tmp_path / "a.json").read_text())
+    assert exit_info.value.code == 130 and result["complete"] is False
+    assert [check["name"] for check in result["checks"]] == ["order"]
+
+
+def test_a_radius_that_no_weaker_attack_matches(model_path, monkeypatch):
+    """PGD-CE at any radius is weaker than what breaks everything."""
+    model, _ = checkpoints.load_model(model_path)
+    _, args = audit.parse_args(["--model-path", "m.pt", "--epsilon", "0.01"])
+    bench = audit.Bench(model, model, data.load("digits", train=False).subset(slice(8)), args)
+    with models.frozen(model):
+        assert audit.matched_radius(bench, -1.0) == (audit.Fraction("0.01"), False)
+        assert audit.matched_radius(bench, 1.0)[1] is True
+
+
 def test_bad_input(model_path, tmp_path, capsys):
+    content = checkpoints.load(model_path)
+    content["args"] = content["args"] | {"dataset": "cifar10"}
+    checkpoints.save(content, tmp_path / "other.pt")
     for argv in (
-        ["--oracle", model_path], ["--oracle", tmp_path / "none.pt"], ["--num-images", "401"], ["--alphas", "2"],
-        ["--json", tmp_path / "no" / "a.json"], ["--epsilon", "8"], ["--square-queries", "0"],
+        ["--oracle", model_path], ["--oracle", tmp_path / "none.pt"], ["--oracle", tmp_path / "other.pt"],
+        ["--num-images", "401"], ["--alphas", "2"], ["--epsilon", "8"], ["--square-queries", "0"],
+        ["--json", tmp_path / "no" / "a.json"], ["--json", tmp_path],
     ):
         fails_in_one_line(audit.main, ["--model-path", model_path, *argv], capsys)

@@ -80,4 +80,4 @@ def test_evaluation_by_two_processes_counts_the_same(tmp_path):
         subprocess.run([sys.executable, *launcher, JOB.parent.parent / "eval_attacks.py", *argv, "--json", json_path],
                        check=True, capture_output=True, timeout=180, env=os.environ | {"OMP_NUM_THREADS": "1"})
         results.append([(row["name"], row["correct_mask"]) for row in json.loads(json_path.read_text())["attacks"]])
-    assert results[0] == results[1] and len(results[0]) == 4
+    assert results[0] == results[1] and len(results[0]) == 5

@@ -46,7 +46,7 @@ def test_accuracies_equal_a_loop_written_out(model_path):
     }
     assert [row["name"] for row in result["attacks"]] == ["Natural", *objectives, "Worst case"]
     assert len({row["correct"] for row in result["attacks"]}) > 3  # the attacks differ on this model
-    assert np.array_equal(mask(result["attacks"][-1]), np.all([mask(row) for row in result["attacks"][1:-1]], axis=0))
+    assert np.array_equal(mask(result["attacks"][-1]), np.all([mask(row) for row in result["attacks"][:-1]], axis=0))
     for row in result["attacks"][:-1]:
         correct, x_advs = [], []
         for i in range(24):
@@ -199,7 +199,7 @@ def test_the_pool_shrinks(model_path, monkeypatch):
         assert asked in (None, standing.sum())
         standing &= mask(apart[name])
         assert np.array_equal(mask(row), standing), name
-    assert pooled["PGD-3"]["params"]["pool"] and "pool" not in apart["PGD-3"]["params"]
+    assert pooled["PGD-3"]["params"]["pool"] == ["Natural", "FGSM"] and "pool" not in apart["PGD-3"]["params"]
     assert 0 < standing.sum() < mask(apart["Natural"]).sum()
 
 
@@ -240,10 +240,11 @@ def test_protocols(protocol, expected):
     assert args.num_steps == 7
 
 
-def test_saved_examples(model_path, tmp_path):
+@pytest.mark.parametrize("flags", [[], ["--pool", "--epsilon", "0.05"]])
+def test_saved_examples(model_path, tmp_path, flags):
     path = tmp_path / "examples.npz"
     rows = rows_of(model_path, "--attacks", "natural", "pgd", "--restarts", "2", "--save-images",
-                   "--save-examples", str(path))
+                   "--save-examples", str(path), *flags)
     saved = np.load(path)
     test = data.load("digits", train=False).subset(slice(24))
     x, y = test.images.numpy() / 255, test.labels.numpy()
@@ -292,6 +293,23 @@ def test_more_bad_flags(model_path, tmp_path, capsys):
         ["--restarts", "2", "--random-start", "none"], ["--pool", "--epsilons", "0.1", "0.2"], ["--save-images"],
         ["--save-examples", "no/such/folder.npz"], ["--normalize", "0.5,0.5", "0.5,0.5,0.5"], ["--protocol", "mine"],
         ["--normalize", "0,0,0", "1,1,0"], ["--normalize", "0,0,0"], ["--steps-sweep", "0"], ["--epsilons", "2"],
-        ["--kappas", "x"], ["--num-classes", "9"], ["--restarts", "0"],
+        ["--kappas", "x"], ["--num-classes", "9"], ["--restarts", "0"], ["--json", tmp_path], ["--json", "."],
+        ["--save-examples", tmp_path], ["--seed", 2**30], ["--epsilon", "0.1", "--epsilons", "0.2"],
+        ["--normalize", "nan,0,0", "1,1,1"], ["--normalize", "0,0,0", "1,inf,1"],
     ):
         fails_in_one_line(eval_attacks.main, ["--model-path", model_path, *argv], capsys)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_full_disk_ends_in_one_line(model_path, tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(checkpoints, "write_atomically", full)
+    with pytest.raises(SystemExit, match="No space left on device"):
+        rows_of(model_path, "--json", str(tmp_path / "r.json"))
+
+
+def test_any_step_is_judged_in_float32(model_path):
+    argv = ["--model-path", str(model_path), "--num-images", "4", "--attacks", "pgd", "--compile", "off"]
+    assert eval_attacks.main([*argv, "--any-step"])["precision"] == "fp32"

@@ -152,7 +152,8 @@ def test_code_in_a_pickle_is_not_run(where, tmp_path, capsys):
 
 @pytest.mark.parametrize("argv", [
     ["--aux-fraction", "0.5"], ["--aux-data", "nowhere"], ["--aux-data", "aux.npz", "--aux-fraction", "1"],
-    ["--aux-data", "aux.npz", "--aux-fraction=-0.1"], ["--recipe", "fat"],
+    ["--aux-data", "aux.npz", "--aux-fraction=-0.1"], ["--aux-data", "aux.npz", "--aux-fraction", "0.997"],
+    ["--aux-data", "aux.npz", "--aux-fraction", "0.001"], ["--recipe", "fat"],
 ])
 def test_bad_flags(argv, tmp_path, capsys, monkeypatch, aux_file):
     monkeypatch.chdir(tmp_path)

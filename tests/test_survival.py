@@ -2,20 +2,24 @@
 
 import os
 import pathlib
+import pickle
 import random
 import signal
 import subprocess
 import sys
 import time
 
+import numpy as np
 import pytest
 import torch
 from conftest import fails_in_one_line
 from test_checkpoints import own_checkpoint
 from test_train import TINY, without_times
 
+import audit
 import checkpoints
 import eval_attacks
+import pseudo_label
 import train_cifar
 
 # Checkpoints are written in small pieces with pauses between them, so that many kills fall into the middle of one.
@@ -99,14 +103,20 @@ def pytest_generate_tests(metafunc):
 TRAIN_FLAGS = ["--defense", "--spat-alpha", "--beta", "--dataset", "--arch", "--val-size", "--limit-train", "--epochs",
                "--batch-size", "--lr", "--lr-schedule", "--lr-milestones", "--momentum", "--weight-decay", "--epsilon",
                "--step-size", "--num-steps", "--random-start", "--precision", "--compile", "--device", "--seed",
-               "--out-dir", "--data-dir", "--save-minutes", "--resume"]
+               "--out-dir", "--data-dir", "--save-minutes", "--resume", "--recipe", "--aux-data", "--aux-fraction",
+               "--nesterov", "--no-nesterov"]
 EVAL_FLAGS = ["--model-path", "--attacks", "--alphas", "--epsilon", "--num-steps", "--cw-steps", "--step-size",
               "--random-start", "--num-images", "--batch-size", "--seed", "--dataset", "--data-dir", "--arch",
-              "--precision", "--compile", "--device", "--json"]
+              "--precision", "--compile", "--device", "--json", "--protocol", "--kappas", "--epsilons", "--steps-sweep",
+              "--restarts", "--any-step", "--pool", "--num-classes", "--normalize", "--save-examples", "--save-images"]
+AUDIT_FLAGS = ["--model-path", "--num-images", "--seed", "--dataset", "--data-dir", "--arch", "--normalize", "--json",
+               "--precision", "--compile", "--device", "--epsilon", "--batch-size", "--square-queries", "--autoattack",
+               "--oracle", "--alphas"]
+LABEL_FLAGS = ["--model-path", "--images", "--output", "--normalize", "--batch-size", "--device"]
 VALUES = ["", " ", "0", "1", "-1", "0.3", "1.5", "8/255", "1/0", "nan", "inf", "-inf", "1e400", "1e-400", "9" * 40,
           "mart", "trades", "digits", "cifar10", "nowhere", "wrn-16-2", "wrn-999-99", "resnet-18", "auto", "none", "-",
           "/dev/null", "/proc/1/x", "\0", "a\nb", "ε", "🙂" * 20, "--", "[1]", "True", "0x10", "1_000", "../..",
-          "natural", "pgd-ls"]
+          "natural", "pgd-ls", "autoattack", "rst", "m.pt", "aux.npz", "0.5,0.5,0.5", "1,nan,1", "1,1,0"]
 
 
 def test_any_command_line_ends_in_one_line(tmp_path, capsys, monkeypatch, fuzz_cases):
@@ -119,15 +129,20 @@ def test_any_command_line_ends_in_one_line(tmp_path, capsys, monkeypatch, fuzz_c
 
     monkeypatch.setattr(train_cifar, "train", begin)
     monkeypatch.setattr(eval_attacks, "evaluate", begin)
+    monkeypatch.setattr(audit.cli, "pick_forward", begin)
+    monkeypatch.setattr(pseudo_label.attacks, "attacked_logits", begin)
     monkeypatch.setattr(train_cifar.pathlib.Path, "mkdir", begin)
     own_checkpoint(tmp_path / "m.pt", num_classes=10)
+    np.savez(tmp_path / "aux.npz", data=np.zeros((3, 32, 32, 3), np.uint8), extrapolated_targets=np.arange(3))
+    scripts = ((train_cifar.main, TRAIN_FLAGS, ["--dataset", "digits", "--defense"]),
+               (eval_attacks.main, EVAL_FLAGS, ["--model-path", "m.pt"]),
+               (audit.main, AUDIT_FLAGS, ["--model-path", "m.pt"]),
+               (pseudo_label.main, LABEL_FLAGS, ["--model-path", "m.pt", "--images", "aux.npz", "--output", "o.npz"]))
     before = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
     g, refused = random.Random(0), 0
     for case in range(fuzz_cases):
-        main, flags = (train_cifar.main, TRAIN_FLAGS) if case % 2 else (eval_attacks.main, EVAL_FLAGS)
-        argv = ["--defense", g.choice(["mart", "madry", "standard"]), "--dataset", "digits"]
-        if main is eval_attacks.main:
-            argv = ["--model-path", "m.pt"]
+        main, flags, start = scripts[case % len(scripts)]
+        argv = start + [g.choice(["mart", "madry", "standard"])] * (main is train_cifar.main)
         for flag in g.sample(flags, g.randint(1, 3)):
             argv += [flag, *g.choices(VALUES, k=g.choice([0, 1, 1, 1, 1, 2]))]
         with pytest.raises(SystemExit) as exit_info:
@@ -140,26 +155,32 @@ def test_any_command_line_ends_in_one_line(tmp_path, capsys, monkeypatch, fuzz_c
     assert fuzz_cases / 2 < refused < fuzz_cases  # both kinds occur
 
 
+def mutated(g, whole):
+    """The bytes cut, flipped, with others between them, partly zeroed or rotated."""
+    content = bytearray(whole)
+    kind = g.choice(["cut", "flip", "insert", "zero", "swap"])
+    at, n = g.randrange(len(content)), g.choice([1, 8, 300])
+    if kind == "cut":
+        del content[at:]
+    elif kind == "flip":
+        content[at] ^= 1 << g.randrange(8)
+    elif kind == "insert":
+        content[at:at] = g.randbytes(n)
+    elif kind == "zero":
+        content[at : at + n] = bytes(len(content[at : at + n]))
+    else:
+        content = content[at:] + content[:at]
+    return content
+
+
 def test_any_model_file_ends_in_one_line_or_works(tmp_path, capsys, monkeypatch, fuzz_cases):
     own_checkpoint(tmp_path / "m.pt", num_classes=10)
     whole = (tmp_path / "m.pt").read_bytes()
     monkeypatch.setattr(eval_attacks, "evaluate", lambda *_: None)
-    monkeypatch.setattr(eval_attacks, "table", lambda *_: "")
+    monkeypatch.setattr(eval_attacks.scores, "table", lambda *_: "")
     g, refused = random.Random(0), 0
     for _ in range(fuzz_cases):
-        content = bytearray(whole)
-        kind = g.choice(["cut", "flip", "insert", "zero", "swap"])
-        at, n = g.randrange(len(content)), g.choice([1, 8, 300])
-        if kind == "cut":
-            del content[at:]
-        elif kind == "flip":
-            content[at] ^= 1 << g.randrange(8)
-        elif kind == "insert":
-            content[at:at] = g.randbytes(n)
-        elif kind == "zero":
-            content[at : at + n] = bytes(len(content[at : at + n]))
-        else:
-            content = content[at:] + content[:at]
+        content = mutated(g, whole)
         (tmp_path / "m.pt").write_bytes(content)
         try:
             eval_attacks.main(["--model-path", str(tmp_path / "m.pt"), "--dataset", "digits", "--num-images", "2"])
@@ -172,6 +193,31 @@ def test_any_model_file_ends_in_one_line_or_works(tmp_path, capsys, monkeypatch,
     assert refused > fuzz_cases / 4
 
 
+def test_any_file_of_pseudo_labels_ends_in_one_line_or_works(tmp_path, capsys, monkeypatch, fuzz_cases):
+    arrays = {"data": np.zeros((3, 32, 32, 3), np.uint8), "extrapolated_targets": np.arange(3)}
+    np.savez(tmp_path / "aux", **arrays)
+    wholes = (tmp_path / "aux.npz").read_bytes(), pickle.dumps(arrays), pickle.dumps(arrays, protocol=2)
+    (tmp_path / "aux.npz").unlink()
+
+    def begin(*args, **settings):
+        raise SystemExit(0)
+
+    monkeypatch.setattr(train_cifar.pathlib.Path, "mkdir", begin)
+    g, refused = random.Random(0), 0
+    for case in range(fuzz_cases // 5):
+        content = mutated(g, wholes[case % 3])
+        (tmp_path / "aux").write_bytes(content)
+        with pytest.raises(SystemExit) as exit_info:
+            train_cifar.main(["--defense", "mart", "--dataset", "digits", "--aux-data", str(tmp_path / "aux"),
+                              "--out-dir", str(tmp_path / "run")])
+        error = capsys.readouterr().err
+        assert exit_info.value.code in (0, 2) and "Traceback" not in error
+        assert error.count("\n") == (exit_info.value.code == 2), error
+        refused += exit_info.value.code == 2
+        assert (tmp_path / "aux").read_bytes() == content and len(list(tmp_path.iterdir())) == 1
+    assert fuzz_cases / 20 < refused < fuzz_cases / 5
+
+
 HOSTILE = [
     {"args": 5}, {"args": None}, {"args": {"dataset": 5}}, {"args": {"dataset": "/etc"}}, {"args": {"dataset": "x\ny"}},
     {"args": {"dataset": "digits", "arch": "a", "defense": "mart", "spat_alpha": "x", "seed": 1, "epsilon": "0.1"}},
@@ -180,6 +226,8 @@ HOSTILE = [
     {"state_dict": {"fc.weight": torch.zeros(2)}}, {"state_dict": {5: torch.zeros(2)}},
     {"state_dict": {"fc.weight": torch.zeros(10, 64), "block1.layer.0.conv1.weight": torch.zeros(())}},
     {"state_dict": {"fc.weight": torch.zeros(10**6, 1), "block1.layer.0.conv1.weight": torch.zeros(16 * 99, 1)}},
+    {"normalize_input": True}, {"state_dict": {"state_dict": 5}}, {"model_state_dict": 5},
+    {"state_dict": {"mean": torch.zeros(3), "std": torch.ones(3), "1.conv1.weight": torch.zeros(1)}},
     {"state_dict": {"linear.weight": torch.zeros(()), "layer1.0.conv1.weight": torch.zeros(1)}},
 ]
 
