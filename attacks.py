@@ -114,9 +114,10 @@ def check_autoattack(num_classes, components=None):
 
 @contextlib.contextmanager
 def _left_as_found(model, device):
-    """Restores what pyautoattack alters: the global random state, the trace function, the parameters' gradients."""
+    """Restores what pyautoattack alters: the global random state and the trace function; and keeps it from filling the
+    parameters' gradients."""
     parameters = list(model.parameters()) if isinstance(model, torch.nn.Module) else []
-    before, trace = [(p, p.grad, p.requires_grad) for p in parameters], sys.gettrace()
+    before, trace = [(parameter, parameter.requires_grad) for parameter in parameters], sys.gettrace()
     try:
         with torch.random.fork_rng([device] if device.type == "cuda" else []):
             for parameter in parameters:
@@ -124,8 +125,7 @@ def _left_as_found(model, device):
             yield
     finally:
         sys.settrace(trace)
-        for parameter, grad, requires_grad in before:
-            parameter.grad = grad
+        for parameter, requires_grad in before:
             parameter.requires_grad_(requires_grad)
 
 

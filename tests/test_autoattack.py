@@ -57,6 +57,23 @@ def test_equal_to_calling_pyautoattack(num_classes, components):
     assert (x_adv - x).abs().max() <= EPSILON + 1e-6 and 0 <= x_adv.min() and x_adv.max() <= 1
 
 
+@pytest.mark.parametrize(("num_classes", "targets"), [(4, 3), (10, 9), (100, 9)])
+def test_the_standard_budget(num_classes, targets, monkeypatch):
+    """What the four components are told: as pyautoattack's own standard version, but for the targets of few classes."""
+    asked = []
+
+    def record(self, x, y, batch_size):
+        asked.append((self.attacks_to_run, self.apgd_targeted.n_target_classes, self.fab.n_target_classes, batch_size,
+                      self.apgd.n_restarts, self.fab.n_restarts, self.version, self.norm, self.epsilon, self.seed))
+        return x, y
+
+    monkeypatch.setattr(pyautoattack.AutoAttack, "run_standard_evaluation", record)
+    net, x, y = net_and_images(num_classes)
+    attacks.autoattack(net, x, y, epsilon=EPSILON, batch_size=5, seed=3)
+    assert asked == [([name], targets, targets, 5, 1, 1, "standard", "Linf", EPSILON, 3)
+                     for name in ("apgd-ce", "apgd-t", "fab-t", "square")]
+
+
 def test_everything_is_left_as_found():
     net, x, y = net_and_images(5)
     net.train()

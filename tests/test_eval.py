@@ -173,19 +173,22 @@ def test_restarts_break_what_any_of_them_breaks(model_path):
 
 
 def test_any_step_takes_the_worst_iterate(model_path):
-    """Against PGD with 0, 1, ... steps from the same start, as each of these is one iterate."""
-    row = rows_of(model_path, "--attacks", "pgd", "--any-step", "--step-size", "0.05")["PGD-3 any step"]
+    """Against PGD with 0, 1, ... steps from the same start, as each of these is one iterate. A step of twice the radius
+    jumps from corner to corner: the last iterate is not the worst."""
+    flags = ["--attacks", "pgd", "--any-step", "--epsilon", "0.02", "--step-size", "0.04", "--num-images", "100"]
+    row = rows_of(model_path, *flags)["PGD-3 any step"]
     model, _ = checkpoints.load_model(model_path)
-    test = data.load("digits", train=False).subset(slice(24))
+    test = data.load("digits", train=False).subset(slice(100))
     x = test.images / 255
-    start = attacks.start_per_image("uniform", x, 0.05, torch.arange(24))
+    start = attacks.start_per_image("uniform", x, 0.02, torch.arange(100))
     right = []
     with models.frozen(model):
         for steps in range(4):
             x_adv = attacks.pgd(model, x, test.labels, lambda z, y: F.cross_entropy(z, y, reduction="none"),
-                                epsilon=0.05, step_size=0.05, num_steps=steps, random_start=start)
+                                epsilon=0.02, step_size=0.04, num_steps=steps, random_start=start)
             right.append(model(x_adv).argmax(1) == test.labels)
     assert np.array_equal(mask(row), torch.stack(right).all(0).numpy()) and row["params"]["any_step"] is True
+    assert row["correct"] < right[-1].sum()
 
 
 def test_the_pool_shrinks(model_path, monkeypatch):
