@@ -251,7 +251,7 @@ def evaluate(model, test, args, result, device):
                 if args.save_images:
                     saved[f"images/{name}"] = x_adv.cpu().numpy().copy()
             write(args, result, saved, rank)
-        if len(todo) > 1 and not args.epsilons:
+        if sum(bool(params) for _, params in todo) > 1 and not args.epsilons:
             result["attacks"].append(scores.worst_case(result["attacks"]))
         result["complete"] = True
         write(args, result, saved, rank)

@@ -37,6 +37,7 @@ def test_weights_and_buffers_are_equal_on_all_processes(tmp_path):
     assert last["epoch"] == 2 and last["on"] == ["cpu", 2]
 
 
+@pytest.mark.slow
 def test_without_batch_norm_two_processes_equal_one(tmp_path):
     for processes in (1, 2):
         (tmp_path / str(processes)).mkdir()
@@ -50,6 +51,7 @@ def test_without_batch_norm_two_processes_equal_one(tmp_path):
         assert {k: float(v) for k, v in row.items()} == pytest.approx({k: float(v) for k, v in other.items()}, abs=1e-4)
 
 
+@pytest.mark.slow
 def test_a_process_that_dies_ends_the_job_and_it_resumes(tmp_path):
     argv = ["--save-minutes", "0", "--out-dir", tmp_path / "run"]
     start = time.time()
