@@ -58,7 +58,7 @@ def test_a_plain_model_passes(model_path, monkeypatch, tmp_path, capsys):
     assert "ok   steps" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(("wrapper", "flags"), [(Scaled, {"gradients", "gradient-free"}),
+@pytest.mark.parametrize(("wrapper", "flags"), [(Scaled, {"gradients", "stronger"}),
                                                 (Quantised, {"gradients", "gradient-free", "radius"})])
 def test_a_masked_model_is_flagged(model_path, monkeypatch, wrapper, flags):
     result, checks = run(model_path, monkeypatch, wrapper)
