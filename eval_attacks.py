@@ -71,7 +71,7 @@ def parse_args(argv=None):
     add("--cw-steps", type=cli.positive_int, default=30, help="of cw (default: 30)")
     add("--step-size", type=cli.ratio, help="of pgd*, cw (default: epsilon / 10)")
     add("--random-start", choices=attacks.RANDOM_STARTS, default="uniform", help="of pgd*, cw (default: uniform)")
-    add("--restarts", type=cli.positive_int, default=1, metavar="R", help="broken if any start breaks it (default: 1)")
+    add("--restarts", type=cli.positive_int, default=1, metavar="R", help="of pgd*, cw: each start counts (default: 1)")
     add("--any-step", action="store_true", help="... or if any step does, RST's rule; --precision auto is then fp32")
     add("--pool", action="store_true", help="attack only what the attacks before left standing; the rows accumulate")
     add("--batch-size", type=cli.positive_int, default=256, help="alters apgd and autoattack only (default: 256)")
