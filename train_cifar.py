@@ -115,8 +115,7 @@ def with_defaults(typed):
         (first > second, f"--lr-milestones {first} {second} are out of order"),
         (args.nesterov and args.momentum == 0, "--nesterov needs a --momentum above 0"),
         (args.aux_data is None and "aux_fraction" in typed, "--aux-fraction goes with --aux-data"),
-        (not 0 <= round(args.aux_fraction * args.batch_size) < args.batch_size or
-         (args.aux_fraction > 0) != (round(args.aux_fraction * args.batch_size) > 0),
+        (args.aux_data and args.aux_fraction and not 0 < round(args.aux_fraction * args.batch_size) < args.batch_size,
          f"--aux-fraction {args.aux_fraction} of --batch-size {args.batch_size} leaves one of the two sides no image"),
     ):
         if wrong:

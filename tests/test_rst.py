@@ -10,7 +10,7 @@ import pytest
 import torch
 from conftest import fails_in_one_line
 from PIL import Image
-from test_train import TINY, arguments, without_times
+from test_train import TINY, arguments, run_until, without_times
 
 import checkpoints
 import data
@@ -194,18 +194,7 @@ def test_the_loss_sees_the_pseudo_labels(tmp_path, monkeypatch):
 def test_a_stopped_run_goes_on_to_the_same_end(tmp_path, monkeypatch, aux_file, capsys):
     argv = ["--defense", "mart", "--spat-alpha", "0.1", *TINY, "--save-minutes", "0", "--aux-data", str(aux_file)]
     train_cifar.main([*argv, "--out-dir", str(tmp_path / "whole")])
-    real, calls = data.augment, []
-
-    def stop(*args):
-        calls.append(1)
-        if len(calls) > 2:
-            raise KeyboardInterrupt
-        return real(*args)
-
-    monkeypatch.setattr(data, "augment", stop)
-    with pytest.raises((KeyboardInterrupt, SystemExit)):
-        train_cifar.main([*argv, "--out-dir", str(tmp_path / "cut")])
-    monkeypatch.setattr(data, "augment", real)
+    run_until(2, [*argv, "--out-dir", str(tmp_path / "cut")], monkeypatch)
     resume = ["--resume", "--out-dir", str(tmp_path / "cut")]
     capsys.readouterr()
     assert "--aux-fraction 0.25" in fails_in_one_line(train_cifar.main, [*resume, "--aux-fraction", "0.25"], capsys)

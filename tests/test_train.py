@@ -35,6 +35,7 @@ def test_defaults_are_the_papers():
 
 @pytest.mark.parametrize("argv, expected", [
     (["--defense", "trades"], dict(beta=6.0, spat_alpha=None, weight_decay=7e-4)),
+    (["--defense", "mart", "--batch-size", "1"], dict(batch_size=1)),
     (["--defense", "trades", "--dataset", "cifar100"], dict(weight_decay=2e-4)),
     (["--defense", "madry", "--dataset", "cifar100"], dict(weight_decay=2e-4, beta=None)),
     (["--defense", "mart", "--dataset", "cifar100"], dict(weight_decay=7e-4)),
@@ -191,6 +192,22 @@ def test_a_new_run_does_not_overwrite_an_old_one(tmp_path, capsys):
     assert {f.name: f.read_bytes() for f in tmp_path.iterdir()} == before
 
 
+def run_until(stop_after, argv, monkeypatch):
+    """A run that is interrupted after so many steps."""
+    real, calls = data.augment, []
+
+    def stop(*args):
+        calls.append(1)
+        if len(calls) > stop_after:
+            raise KeyboardInterrupt
+        return real(*args)
+
+    monkeypatch.setattr(data, "augment", stop)
+    with pytest.raises((KeyboardInterrupt, SystemExit)):
+        train_cifar.main(argv)
+    monkeypatch.setattr(data, "augment", real)
+
+
 def without_times(path):
     return [{k: v for k, v in row.items() if k not in ("seconds", "images_per_s")}
             for row in csv.DictReader(open(path))]
@@ -204,18 +221,7 @@ def test_a_stopped_run_goes_on_to_the_same_end(tmp_path, monkeypatch, stop_after
     """Stopped after any step and resumed: bit-identical weights and best.pt, the same log."""
     argv = ["--defense", "mart", "--spat-alpha", "0.3", *TINY, "--save-minutes", "0", *flags]
     train_cifar.main([*argv, "--out-dir", str(tmp_path / "whole")])
-    real, calls = data.augment, []
-
-    def stop(*args):
-        calls.append(1)
-        if len(calls) > stop_after:
-            raise KeyboardInterrupt
-        return real(*args)
-
-    monkeypatch.setattr(data, "augment", stop)
-    with pytest.raises((KeyboardInterrupt, SystemExit)):
-        train_cifar.main([*argv, "--out-dir", str(tmp_path / "cut")])
-    monkeypatch.setattr(data, "augment", real)
+    run_until(stop_after, [*argv, "--out-dir", str(tmp_path / "cut")], monkeypatch)
     torch.manual_seed(123)  # whatever the global state is
     train_cifar.main(["--resume", "--out-dir", str(tmp_path / "cut")])
     assert without_times(tmp_path / "cut/log.csv") == without_times(tmp_path / "whole/log.csv")
