@@ -112,6 +112,11 @@ def check_autoattack(num_classes, components=None):
     return components
 
 
+def for_autoattack(model):
+    """The model as autoattack and square want it: they hand out NCHW batches, and take float32 logits."""
+    return lambda x: model(x.contiguous(memory_format=torch.channels_last)).float()
+
+
 @contextlib.contextmanager
 def _left_as_found(model, device):
     """Restores what pyautoattack alters: the global random state and the trace function; and keeps it from filling the

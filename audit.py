@@ -9,9 +9,8 @@ the examples that fool the first.
 """
 
 import functools
-import json
+import itertools
 import math
-import shlex
 import sys
 from fractions import Fraction
 
@@ -53,7 +52,7 @@ class Bench:
 
     def __init__(self, model, forward, test, args):
         self.model, self.forward, self.test, self.args = model, forward, test, args
-        self.x = data.to_float(test.images)
+        self.x, self.outcomes = data.to_float(test.images), {}
 
     def attacked(self, objective, epsilon=None, num_steps=20, restart=0, **params):
         """x_adv of PGD on the objective as eval_attacks.py runs it: uniform start, step ε/10."""
@@ -77,14 +76,23 @@ class Bench:
         """Which images are classified correctly, (n,) bool on the CPU."""
         return (self.logits(x).argmax(1) == self.test.labels).cpu()
 
-    def float32(self, x):
-        return self.model(x.contiguous(memory_format=torch.channels_last)).float()
+    def stands(self, objective="ce", epsilon=None, num_steps=20, restart=0):
+        """Which images are still right after that PGD, (n,) bool on the CPU; run once, several checks ask for it."""
+        key = objective, epsilon or self.args.epsilon, num_steps, restart
+        if key not in self.outcomes:
+            self.outcomes[key] = self.right(self.attacked(*key))
+        return self.outcomes[key]
 
 
 def raised(before, after):
     """Whether accuracy rises from the outcomes `before` to `after` on the same images, beyond noise: the 95 % interval
     of the paired difference lies above 0."""
     return compare.paired_difference(before.numpy(), after.numpy())["interval"][0] > 0
+
+
+def never_raised(masks):
+    """Whether no outcome is above the one before it."""
+    return not any(raised(a, b) for a, b in itertools.pairwise(masks))
 
 
 def share(mask):
@@ -117,33 +125,31 @@ def check_order(bench):
     noise = attacks.project(bench.x + attacks.start_per_image("uniform", bench.x, epsilon, everyone, bench.args.seed),
                             bench.x, epsilon)
     fgsm = bench.in_batches(lambda x, y, _: attacks.fgsm(bench.forward, x, y, epsilon=epsilon))
-    masks = [bench.right(x) for x in (bench.x, noise, fgsm, bench.attacked("ce"))]
+    masks = [*map(bench.right, (bench.x, noise, fgsm)), bench.stands()]
     numbers = steps_of(("natural", "noise", "FGSM", "PGD-20"), masks)
-    fine = not any(raised(a, b) for a, b in zip(masks[1:], masks[2:], strict=False))
-    return numbers, fine, ", ".join(f"{name} {value:.1%}" for name, value in numbers.items())
+    return numbers, never_raised(masks[1:]), ", ".join(f"{name} {value:.1%}" for name, value in numbers.items())
 
 
 def check_radius(bench):
     """Within 0.5 of any image lies plain grey, which has no class: accuracy must fall to 0."""
     epsilons = sorted({Fraction(1, 2)} | {min(k * Fraction(bench.args.epsilon), Fraction(1, 2)) for k in (1, 2, 4)})
     epsilons = [str(epsilon) for epsilon in epsilons]
-    masks = [bench.right(bench.attacked("ce", epsilon=epsilon, num_steps=40)) for epsilon in epsilons]
-    fine = share(masks[-1]) <= TOLERANCE and not any(raised(a, b) for a, b in zip(masks, masks[1:], strict=False))
+    masks = [bench.stands(epsilon=epsilon, num_steps=40) for epsilon in epsilons]
+    fine = share(masks[-1]) <= TOLERANCE and never_raised(masks)
     return steps_of(epsilons, masks), fine, "accuracy under PGD-40 at " + ", ".join(
         f"ε {float(Fraction(epsilon)):.3f} {share(mask):.1%}" for epsilon, mask in zip(epsilons, masks, strict=True))
 
 
 def check_steps(bench):
     """More steps must never raise the accuracy."""
-    masks = [bench.right(bench.attacked("ce", num_steps=steps)) for steps in STEPS]
-    fine = not any(raised(a, b) for a, b in zip(masks, masks[1:], strict=False))
-    return steps_of(STEPS, masks), fine, "accuracy under PGD with " + ", ".join(
+    masks = [bench.stands(num_steps=steps) for steps in STEPS]
+    return steps_of(STEPS, masks), never_raised(masks), "accuracy under PGD with " + ", ".join(
         f"{steps} steps {share(mask):.1%}" for steps, mask in zip(STEPS, masks, strict=True))
 
 
 def check_restarts(bench):
     """Restarts can only lower the accuracy; where they lower it much, one run of PGD finds its way by luck."""
-    masks = [bench.right(bench.attacked("ce", restart=restart)) for restart in range(RESTARTS)]
+    masks = [bench.stands(restart=restart) for restart in range(RESTARTS)]
     standing = [torch.stack(masks[: k + 1]).all(0) for k in range(RESTARTS)]
     drop = compare.paired_difference(standing[-1].numpy(), standing[0].numpy())
     return steps_of(range(1, RESTARTS + 1), standing), drop["interval"][0] <= 0.03, (
@@ -153,10 +159,10 @@ def check_restarts(bench):
 def check_square(bench):
     """An attack that sees no gradient must not beat those that do: else the gradient is hidden. PGD runs on CE
     and on the margin, which Square attacks too: so it is the gradient that differs and not the objective."""
+    model, epsilon = attacks.for_autoattack(bench.model), float(Fraction(bench.args.epsilon))
     found = bench.in_batches(lambda x, y, _: attacks.square(
-        bench.float32, x, y, epsilon=float(Fraction(bench.args.epsilon)), num_queries=bench.args.square_queries,
-        seed=bench.args.seed))
-    ce, cw = (bench.right(bench.attacked(objective, num_steps=100)) for objective in ("ce", "cw"))
+        model, x, y, epsilon=epsilon, num_queries=bench.args.square_queries, seed=bench.args.seed))
+    ce, cw = (bench.stands(objective, num_steps=100) for objective in ("ce", "cw"))
     square, pgd = bench.right(found), ce & cw
     numbers = {"Square": share(square), "PGD-100": share(ce), "CW-100": share(cw), "both": share(pgd),
                "broken by Square alone": share(pgd & ~square)}
@@ -169,9 +175,10 @@ def check_autoattack(bench):
     """How far the accuracy under PGD-20 lies above the one under stronger attacks."""
     components = list(attacks.COMPONENTS) if bench.args.autoattack else ["apgd-ce", "apgd-t"]
     name = "AutoAttack" if bench.args.autoattack else "APGD-CE + APGD-T"
-    found = attacks.autoattack(bench.float32, bench.x, bench.test.labels, seed=bench.args.seed, components=components,
-                               epsilon=float(Fraction(bench.args.epsilon)), batch_size=bench.args.batch_size)
-    pgd, strong = bench.right(bench.attacked("ce")), bench.right(found)
+    found = attacks.autoattack(
+        attacks.for_autoattack(bench.model), bench.x, bench.test.labels, epsilon=float(Fraction(bench.args.epsilon)),
+        batch_size=bench.args.batch_size, seed=bench.args.seed, components=components)
+    pgd, strong = bench.stands(), bench.right(found)
     gap = share(pgd) - share(strong)
     return {"PGD-20": share(pgd), name: share(strong)}, gap <= WIDE_GAP, (
         f"PGD-20 {share(pgd):.1%}, {name} {share(strong):.1%}: {100 * gap:.1f} points lower")
@@ -226,7 +233,7 @@ def matched_radius(bench, accuracy, halvings=8):
     low, high, found = Fraction(0), Fraction(bench.args.epsilon), False
     for _ in range(halvings):
         middle = (low + high) / 2
-        if share(bench.right(bench.attacked("ce", epsilon=str(middle)))) <= accuracy:
+        if share(bench.stands(epsilon=str(middle))) <= accuracy:
             high, found = middle, True
         else:
             low = middle
@@ -285,7 +292,7 @@ def main(argv=None):
     result = {"model": scores.describe(info, dataset), "n": len(test.labels), "epsilon": args.epsilon,
               "seed": args.seed, "device": scores.device_name(device), "precision": args.precision,
               "torch": torch.__version__, "complete": False, "checks": [],
-              "command": shlex.join(["python", "audit.py", *(sys.argv[1:] if argv is None else argv)])}
+              "command": scores.command(parser.prog, argv)}
     if oracle:
         result["oracle"] = scores.describe(oracle_info, dataset)
     try:
@@ -307,7 +314,7 @@ def audit(bench, oracle, result):
             result["checks"].append({"name": name, "fine": bool(fine), "numbers": numbers, "words": words})
             bar.write(f"{'ok  ' if fine else 'FLAG'} {name}: {words}")
             bar.update()
-            write(bench.args.json, result)
+            scores.write(bench.args.json, result)
         result["verdict"] = verdict(result["checks"])
         bar.write("\n".join(result["verdict"]))
         if oracle:
@@ -316,12 +323,7 @@ def audit(bench, oracle, result):
                 result["semantics"] = semantics(bench, oracle, bar.update)
             bar.write(semantics_table(result["semantics"]))
     result["complete"] = True
-    write(bench.args.json, result)
-
-
-def write(path, result):
-    if path:
-        checkpoints.write_atomically(path, json.dumps(result, indent=1).encode())
+    scores.write(bench.args.json, result)
 
 
 if __name__ == "__main__":

@@ -7,12 +7,10 @@ sides do the same arithmetic on the same shapes; repeats are interleaved, so tha
 """
 
 import concurrent.futures
-import json
 import multiprocessing
 import pathlib
 import re
 import statistics
-import sys
 from argparse import Namespace
 
 import torch
@@ -21,7 +19,6 @@ from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 import attacks
-import checkpoints
 import cli
 import losses
 import models
@@ -300,14 +297,13 @@ def table(result):
 def main(argv=None):
     args = parse_args(argv)
     result = {"device": scores.device_name(args.torch_device), "torch": torch.__version__, "scaling": args.scaling,
-              "command": " ".join(["python", "bench.py", *(sys.argv[1:] if argv is None else argv)]),
+              "command": scores.command("bench.py", argv),
               "settings": {k: v for k, v in vars(args).items() if isinstance(v, str | int)}}
     result |= scaling(args) if args.scaling else compare(args)
     print(f"{result['device']}, torch {torch.__version__}: {args.arch}, {args.defense}, batch {args.batch_size}, "
           f"PGD-{args.num_steps}; evaluation PGD-{args.eval_steps}, batch {args.eval_batch_size}")
     print(table(result))
-    if args.json:
-        checkpoints.write_atomically(args.json, json.dumps(result, indent=1).encode())
+    scores.write(args.json, result)
     return result
 
 

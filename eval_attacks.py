@@ -8,9 +8,7 @@ float32 on the final images.
 
 import contextlib
 import functools
-import json
 import platform
-import shlex
 import sys
 import time
 from fractions import Fraction
@@ -176,7 +174,7 @@ def official_attack(model, test, only, params, bar):
 
     def logits(x):
         bar.update(len(x))
-        return model(x.contiguous(memory_format=torch.channels_last)).float()
+        return attacks.for_autoattack(model)(x)
 
     def note(component, robust):
         after[component] = robust.sum()
@@ -258,8 +256,8 @@ def evaluate(model, test, args, result, device):
 
 
 def write(args, result, saved, rank):
-    if args.json and rank == 0:
-        checkpoints.write_atomically(args.json, json.dumps(result, indent=1).encode())
+    if rank == 0:
+        scores.write(args.json, result)
     if args.save_examples and rank == 0:
         checkpoints.write_atomically(args.save_examples, lambda file: np.savez_compressed(file, **saved))
 
@@ -282,7 +280,7 @@ def main(argv=None):
             "model": scores.describe(info, dataset), "n": len(test.labels), "epsilon": args.epsilon,
             "device": scores.device_name(device), "precision": args.precision, "batch_size": args.batch_size,
             "versions": {"python": platform.python_version(), "torch": torch.__version__},
-            "command": shlex.join(["python", "eval_attacks.py", *(sys.argv[1:] if argv is None else argv)]),
+            "command": scores.command(parser.prog, argv),
             "complete": False, "attacks": []}
         try:
             evaluate(model, test, args, result, device)

@@ -3,10 +3,14 @@
 import json
 import pathlib
 import platform
+import shlex
+import sys
 from fractions import Fraction
 
 import numpy as np
 import torch
+
+import checkpoints
 
 # Table 3 of the paper, WRN-34-10 at ε 8/255: (data set, defense, α) -> Natural, FGSM, PGD-20, CW-inf
 TABLE_3 = {
@@ -33,6 +37,11 @@ def device_name(device):
     except (OSError, StopIteration):
         model = platform.processor() or platform.machine()
     return f"{model}, {torch.get_num_threads()} threads"
+
+
+def command(script, argv):
+    """The command line that a result comes from; argv None: this process's own."""
+    return shlex.join(["python", script, *(sys.argv[1:] if argv is None else argv)])
 
 
 def describe(info, dataset):
@@ -93,6 +102,12 @@ def worst_case(rows):
     """The entry in the JSON of the images that are right in every one of these entries."""
     masks = [correct_mask(row) for row in rows]
     return outcome("Worst case", {"of": [row["name"] for row in rows]}, torch.from_numpy(np.logical_and.reduce(masks)))
+
+
+def write(path, result):
+    """The result as a JSON file, or nothing if path is None. OSError if it cannot be written."""
+    if path is not None:
+        checkpoints.write_atomically(path, json.dumps(result, indent=1).encode())
 
 
 def read(path):
