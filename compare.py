@@ -44,11 +44,15 @@ def compare(first, second):
     return {name: paired_difference(*pair) for name, pair in masks.items()}
 
 
-def main(argv=None):
+def parse_args(argv=None):
     parser = cli.Parser(prog="compare.py", description=__doc__)
     parser.add_argument("a", metavar="A.json")
     parser.add_argument("b", metavar="B.json")
-    args = parser.parse_args(argv)
+    return parser, parser.parse_args(argv)
+
+
+def main(argv=None):
+    parser, args = parse_args(argv)
     try:
         first, second = scores.read(args.a), scores.read(args.b)
         differences = compare(first, second)
