@@ -5,6 +5,7 @@ import pickle
 import re
 import shlex
 import subprocess
+import tempfile
 
 import numpy as np
 import pytest
@@ -30,10 +31,11 @@ def commands(path):
     text = (ROOT / path).read_text()
     script = "\n".join(re.findall(r"^```bash\n(.*?)^```", text, re.M | re.S))
     shim = "python() { printf '%q ' \"$@\"; echo; }; pip() { :; }; pytest() { :; }; mkdir() { :; }; sbatch() { :; }\n"
-    done = subprocess.run(["bash", "-euc", shim + "PATH=\n" + script], capture_output=True, text=True)
+    with tempfile.TemporaryDirectory() as folder:  # a redirection would write there
+        done = subprocess.run(["bash", "-euc", shim + "PATH=\n" + script], cwd=folder, capture_output=True, text=True)
     assert done.returncode == 0 and not done.stderr, done.stderr
     inline = re.findall(r"`python ([^`]+)`", text)
-    return [argv for line in done.stdout.splitlines() + inline if (argv := shlex.split(line))[0] != "-c"]
+    return [argv for line in done.stdout.splitlines() + inline if (argv := shlex.split(line))[0] not in ("-", "-c")]
 
 
 ALL = commands("EXPERIMENTS.md") + commands("README.md")
