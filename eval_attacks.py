@@ -2,8 +2,7 @@
 
     python eval_attacks.py --model-path runs/NAME/best.pt
 
-A model file says what it is, so its path is enough. The attacks may craft in bf16; the accuracy is always counted in
-float32 on the final images.
+The attacks may craft in bf16; the accuracy is always counted in float32 on the final images.
 """
 
 import contextlib
@@ -79,8 +78,7 @@ def parse_args(argv=None):
     args = parser.parse_args(argv)
     for wrong, why in (
         (("pgd-ls" in args.attacks) != bool(args.alphas), "--attacks pgd-ls and --alphas go together"),
-        ("pgd-kl" in args.attacks and args.random_start == "none",
-         "--random-start none: pgd-kl would not move, KL(p(x) || p(x)) is 0 with gradient 0"),
+        ("pgd-kl" in args.attacks and args.random_start == "none", "--random-start none: pgd-kl would not move"),
         (args.restarts > 1 and args.random_start == "none", "--restarts: without a random start all are the same"),
         (args.epsilon and args.epsilons, "--epsilon and --epsilons exclude one another"),
         (args.pool and args.epsilons, "--pool: an image broken at one radius may stand at another of --epsilons"),
@@ -224,7 +222,7 @@ def evaluate(model, test, args, result, device):
     _, forward = cli.pick_forward(args, model, data.to_float(test.images[:batch_size]), passes * n / batch_size / world)
     result |= {"precision": args.precision, "compile": args.compile}
     correct, logits, saved = torch.ones(n, dtype=torch.bool, device=device), None, {"labels": test.labels.cpu().numpy()}
-    x_adv = data.to_float(test.images) if args.save_images else None
+    x_adv, natural = data.to_float(test.images) if args.save_images else None, None
     with models.frozen(model), tqdm(total=sum(cost) * -(-n // world), unit="pass", unit_scale=True,
                                     dynamic_ncols=True, disable=rank > 0) as bar:
         for (name, params), weight in zip(todo, cost, strict=True):
@@ -235,6 +233,9 @@ def evaluate(model, test, args, result, device):
             if len(standing):
                 latest, extra = run_attack(model, forward, test, params, standing, args, bar, x_adv)
                 logits = latest if logits is None else torch.where(latest.any(1, keepdim=True), latest, logits)
+            natural = logits if not params else natural
+            if params and natural is not None and not args.pool:
+                extra |= scores.shares(natural, logits, test.labels, params.get("alpha"))
             correct = logits.argmax(1) == test.labels
             seconds = time.perf_counter() - start
             result["attacks"].append(scores.outcome(name, params, correct.cpu(), seconds) | extra)

@@ -223,6 +223,20 @@ def test_sweeps_are_rows(model_path):
     assert single["PGD-4"]["correct_mask"] == rows["PGD-4 ε 0.01"]["correct_mask"]
 
 
+def test_shares_of_examples_made_easier(model_path):
+    natural = torch.tensor([[2.0, 0.0, 0.0], [0.0, 3.0, 0.0], [30.0, 0.0, 0.0], [0.0, 0.0, 1.0]])
+    attacked = torch.tensor([[1.0, 0.0, 0.0], [0.0, 4.0, 0.0], [31.0, 0.0, 0.0], [0.0, 0.0, 1.0]])
+    y = torch.tensor([0, 1, 0, 0])  # p_y = 0.787, 0.909, 1 - 1.9e-13 (1 in float32), 0.212; lower, higher, higher, same
+    for alpha, above in ((None, None), (0.0, 0.0), (1e-6, 0.25), (0.1, 0.5), (0.3, 0.75), (1.0, 1.0)):
+        row = scores.shares(natural, attacked, y, alpha)
+        assert row["share_made_easier"] == 0.5 and row.get("share_p_y_above_1_minus_alpha") == above
+    rows = rows_of(model_path, "--attacks", "natural", "pgd", "pgd-ls", "--alphas", "0", "1")
+    assert rows["PGD-3-LS 0"]["share_p_y_above_1_minus_alpha"] == 0 and "share_made_easier" not in rows["Natural"]
+    assert rows["PGD-3-LS 0"]["share_made_easier"] == rows["PGD-3"]["share_made_easier"] < 0.1
+    assert rows["PGD-3-LS 1"]["share_made_easier"] > 0.5  # at α = 1 it raises most
+    assert "share_made_easier" not in rows_of(model_path, "--attacks", "natural", "fgsm", "--pool")["FGSM"]
+
+
 def test_confidences_of_cw(model_path):
     rows = rows_of(model_path, "--attacks", "cw", "--kappas", "50", "0")
     assert [row["params"]["kappa"] for row in rows.values() if "kappa" in row["params"]] == [50, 0]
