@@ -76,9 +76,8 @@ def finish(figure, name, folder):
 
 
 def result(path):
-    """A JSON of results/, with its rows by name."""
-    found = json.loads((ROOT / "results" / path).read_text())
-    return found, {row["name"]: row for row in found["attacks"]}
+    """A JSON of results/."""
+    return json.loads((ROOT / "results" / path).read_text())
 
 
 def band(ax, x, rows, label, **style):

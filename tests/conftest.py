@@ -4,21 +4,9 @@ import pathlib
 import pytest
 import torch
 import torch.nn as nn
+from helpers import SmallNet
 
 os.environ.setdefault("GIT_PYTHON_REFRESH", "quiet")  # foolbox imports GitPython, which wants the git binary
-
-
-class SmallNet(nn.Module):
-    """Non-linear, with batch norm and a sub-module in another mode than its parent's."""
-
-    def __init__(self, num_classes=5, size=8):
-        super().__init__()
-        self.conv = nn.Conv2d(3, 6, 3, padding=1)
-        self.norm = nn.BatchNorm2d(6)
-        self.head = nn.Sequential(nn.Flatten(), nn.Linear(6 * size * size, 16), nn.Tanh(), nn.Linear(16, num_classes))
-
-    def forward(self, x):
-        return self.head(torch.relu(self.norm(self.conv(x))))
 
 
 @pytest.fixture
@@ -73,14 +61,3 @@ def cut_budget(monkeypatch):
         self.square.n_queries = 100
 
     monkeypatch.setattr(pyautoattack.AutoAttack, "_set_version", cut)
-
-
-def fails_in_one_line(main, argv, capsys):
-    """main(argv) must exit with status 2 after one line on stderr; returns the line."""
-    with pytest.raises(SystemExit) as exit_info:
-        main([str(arg) for arg in argv])
-    error = capsys.readouterr().err
-    assert exit_info.value.code == 2
-    assert error.count("\n") == 1 and "error: " in error, error
-    assert "Traceback" not in error
-    return error

@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from conftest import fails_in_one_line
+from helpers import fails_in_one_line
 
 import audit
 import checkpoints

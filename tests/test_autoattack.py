@@ -7,7 +7,7 @@ import numpy as np
 import pyautoattack
 import pytest
 import torch
-from conftest import SmallNet, fails_in_one_line
+from helpers import SmallNet, fails_in_one_line
 from test_eval import SMALL, mask
 
 import attacks

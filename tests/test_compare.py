@@ -6,7 +6,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from conftest import fails_in_one_line
+from helpers import fails_in_one_line
 from scipy.stats import binomtest
 
 import compare

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import fails_in_one_line
+from helpers import fails_in_one_line
 from test_checkpoints import bad_files
 
 import attacks

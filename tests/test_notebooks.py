@@ -1,5 +1,6 @@
 """That the check of the notebooks (nbval and notebooks/conftest.py) fails where it should, and what they may hold."""
 
+import copy
 import pathlib
 import re
 import shutil
@@ -21,37 +22,41 @@ print("count {count}")"""
 AS_IT_WAS = {"data": "[1, 3, 2]", "title": "accuracy", "share": 0.5, "exact": 1, "count": 7}
 
 
+CHANGES = {  # what is changed -> what the failure says of it
+    "nothing": ({}, None), "rounding": ({"share": 0.52}, None), "share": ({"share": 0.6}, "share 0.6"),
+    "count": ({"count": 8}, "count 8"), "data": ({"data": "[1, 2, 3]"}, "the picture differs"),
+    "title": ({"title": "loss per image and step"}, "the picture differs"), "cleared": ({}, "never run"),
+}
+
+
 @pytest.fixture(scope="module")
-def stored(tmp_path_factory):
-    """A folder with an executed notebook of one cell, and the notebooks' conftest."""
+def report(tmp_path_factory):
+    """What pytest says of a notebook of one cell after each of the changes, {name: text}."""
     folder = tmp_path_factory.mktemp("notebooks")
     notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(DRAW.format(**AS_IT_WAS))])
     nbclient.NotebookClient(notebook, kernel_name="python3").execute()
-    nbformat.write(notebook, folder / "one.ipynb")
+    for name, (change, _) in CHANGES.items():
+        changed = copy.deepcopy(notebook)
+        changed.cells[0].source = DRAW.format(**AS_IT_WAS | change)
+        if name == "cleared":  # nbval alone lets this pass
+            changed.cells[0].execution_count, changed.cells[0].outputs = None, []
+        nbformat.write(changed, folder / f"{name}.ipynb")
     for name in ("conftest.py", "sanitize.cfg"):
         shutil.copy(NOTEBOOKS / name, folder)
-    return folder
-
-
-@pytest.mark.parametrize("change, fails_with", [
-    ({"share": 0.52}, None), ({"share": 0.6}, "share 0.6"), ({"count": 8}, "count 8"),
-    ({"data": "[1, 2, 3]"}, "the picture differs"), ({"title": "loss per image and step"}, "the picture differs"),
-    ("cleared", "never run"),
-], ids=str)
-def test_a_change_is_found(stored, tmp_path, change, fails_with):
-    shutil.copytree(stored, tmp_path, dirs_exist_ok=True)
-    notebook = nbformat.read(tmp_path / "one.ipynb", 4)
-    if change == "cleared":
-        notebook.cells[0].execution_count, notebook.cells[0].outputs = None, []  # nbval alone lets this pass
-    else:
-        notebook.cells[0].source = DRAW.format(**AS_IT_WAS | change)
-    nbformat.write(notebook, tmp_path / "one.ipynb")
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--nbval", "--nbval-current-env",
-         "--nbval-sanitize-with", "sanitize.cfg", "--rootdir", tmp_path, "-c", "/dev/null", "one.ipynb"],
-        cwd=tmp_path, capture_output=True, text=True)
-    assert (done.returncode == 0) == (fails_with is None), done.stdout
-    assert fails_with is None or fails_with in done.stdout
+        [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "--nbval", "--nbval-current-env",
+         "--nbval-sanitize-with", "sanitize.cfg", "--rootdir", folder, "-c", "/dev/null", folder],
+        cwd=folder, capture_output=True, text=True)
+    parts = re.split(r"^_+ (\w+)\.ipynb::Cell 0 _+$", done.stdout, flags=re.M)
+    return dict(zip(parts[1::2], parts[2::2], strict=True)) | {"passed": re.search(r"(\d+) passed", done.stdout)[1]}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_a_change_is_found(report, name):
+    _, fails_with = CHANGES[name]
+    assert (name in report) == (fails_with is not None)
+    assert fails_with is None or fails_with in report[name]
+    assert report["passed"] == "2"
 
 
 @pytest.mark.parametrize("path", sorted(NOTEBOOKS.glob("*.ipynb")), ids=lambda path: path.name)

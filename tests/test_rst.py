@@ -8,7 +8,7 @@ import pickle
 import numpy as np
 import pytest
 import torch
-from conftest import fails_in_one_line
+from helpers import fails_in_one_line
 from PIL import Image
 from test_train import TINY, arguments, run_until, without_times
 

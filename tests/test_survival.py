@@ -12,7 +12,7 @@ import time
 import numpy as np
 import pytest
 import torch
-from conftest import fails_in_one_line
+from helpers import fails_in_one_line
 from test_checkpoints import own_checkpoint
 from test_train import TINY, without_times
 

@@ -7,7 +7,7 @@ import signal
 
 import pytest
 import torch
-from conftest import fails_in_one_line
+from helpers import fails_in_one_line
 
 import checkpoints
 import data
