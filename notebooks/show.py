@@ -71,7 +71,7 @@ def finish(figure, name, folder):
     """Show the figure, and save it as folder/NAME.png unless folder is None."""
     if folder is not None:
         (ROOT / "notebooks" / folder).mkdir(exist_ok=True)
-        figure.savefig(ROOT / "notebooks" / folder / f"{name}.png")
+        figure.savefig(ROOT / "notebooks" / folder / f"{name}.png", bbox_inches="tight")  # as it is shown
     plt.show(figure)
 
 

@@ -1,6 +1,7 @@
 """That the check of the notebooks (nbval and notebooks/conftest.py) fails where it should, and what they may hold."""
 
 import copy
+import importlib.util
 import pathlib
 import re
 import shutil
@@ -69,3 +70,19 @@ def test_what_a_notebook_holds(path):
     for cell in code:
         assert cell.execution_count, "not run"
         assert all(output.output_type != "error" and output.get("name") != "stderr" for output in cell.outputs)
+
+
+def test_the_saved_figures_are_those_of_the_notebooks():
+    spec = importlib.util.spec_from_file_location("notebooks_conftest", NOTEBOOKS / "conftest.py")
+    check = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(check)
+    shown = {}
+    for path in NOTEBOOKS.glob("*.ipynb"):
+        for cell in nbformat.read(path, 4).cells:
+            if name := re.search(r'show\.finish\(figure, "([\w-]+)"', cell.source):
+                shown[name[1]], = check.pictures_in(cell.outputs)
+    saved = {path.stem: path.read_bytes() for path in (NOTEBOOKS / "figures").glob("*.png")}
+    in_readme = re.findall(r"notebooks/figures/([\w-]+)\.png", (NOTEBOOKS.parent / "README.md").read_text())
+    assert in_readme and set(in_readme) <= saved.keys() <= shown.keys()
+    for name, png in saved.items():
+        check.check_picture(png, shown[name])
