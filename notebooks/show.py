@@ -1,6 +1,7 @@
 """What the notebooks share: the pictures and results they show, and how they draw them."""
 
 import json
+import os
 import pathlib
 import sys
 
@@ -10,6 +11,8 @@ import torch
 
 ROOT = pathlib.Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
+
+os.environ.setdefault("GIT_PYTHON_REFRESH", "quiet")  # foolbox imports GitPython, which wants the git binary
 
 import data  # noqa: E402
 import models  # noqa: E402
