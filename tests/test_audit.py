@@ -59,7 +59,7 @@ def test_a_plain_model_passes(model_path, monkeypatch, tmp_path, capsys):
 
 
 @pytest.mark.parametrize(("wrapper", "flags"), [(Scaled, {"gradients", "stronger"}),
-                                                (Quantised, {"gradients", "gradient-free", "radius"})])
+    pytest.param(Quantised, {"gradients", "gradient-free", "radius"}, marks=pytest.mark.slow)])
 def test_a_masked_model_is_flagged(model_path, monkeypatch, wrapper, flags):
     result, checks = run(model_path, monkeypatch, wrapper)
     flagged = {name for name, check in checks.items() if not check["fine"]}

@@ -69,6 +69,7 @@ def test_a_batch_that_does_not_divide_is_refused(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_evaluation_by_two_processes_counts_the_same(tmp_path):
     """37 images over two processes, with an odd batch size: the same outcome for every image."""
     status, output = job(1, "observe", tmp_path, *RUN, "--epochs", "1", "--out-dir", tmp_path / "run")
