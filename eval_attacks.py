@@ -60,7 +60,8 @@ def parse_args(argv=None):
         help="paper: the defaults below; rst: Table 4's PGD-20 at ε 0.031 with step 0.003; rst-restarts: RST's own 40 "
         "steps of 0.01, 5 restarts, broken if any step breaks (default: paper)")
     add("--alphas", nargs="+", type=cli.unit_float, metavar="A", help="values of α for pgd-ls, which needs them")
-    add("--kappas", nargs="+", type=cli.natural_float, metavar="K", default=[50.0], help="of cw (default: 50)")
+    add("--kappas", nargs="+", type=cli.natural_float, metavar="K", default=[50.0],
+        help="of cw; one below 1 is crafted in float32 (default: 50)")
     add("--epsilon", type=cli.ratio, help="radius of the L-inf ball (default: 8/255; digits: 0.05)")
     add("--epsilons", nargs="+", type=cli.ratio, metavar="E", help="a sweep: every attack at each of these radii")
     add("--num-steps", type=cli.positive_int, default=20, help="of pgd, pgd-kl and pgd-ls (default: 20)")
@@ -111,7 +112,8 @@ def attack_list(args):
             rows["pgd-ls"] += [(f"PGD-{n}-LS {alpha:g}{rule}", {"objective": "lsce", "alpha": alpha} | steps)
                                for alpha in args.alphas or ()]
         rows["cw"] = [(f"CW-inf{'' if kappa == 50 else f' κ {kappa:g}'}{rule}", {"objective": "cw", "kappa": kappa}
-                       | base | {"num_steps": args.cw_steps}) for kappa in args.kappas]
+                       | base | {"num_steps": args.cw_steps} | ({"precision": "fp32"} if kappa < 1 else {}))
+                      for kappa in args.kappas]  # CW stops at margin -κ: in bf16 that may be short of the boundary
         rows["apgd"] = [("APGD-CE + APGD-T", {"components": ["apgd-ce", "apgd-t"]} | official)]
         rows["autoattack"] = [("AutoAttack", {"components": list(attacks.COMPONENTS)} | official)]
         suffix = f" ε {epsilon}" if args.epsilons else ""
@@ -219,7 +221,10 @@ def evaluate(model, test, args, result, device):
     cost = [sum(attacks.COMPONENTS[c] for c in params["components"]) + 1 if "components" in params
             else (1 + params.get("num_steps", 0)) * params.get("restarts", 1) for _, params in todo]
     passes = sum(weight for (_, params), weight in zip(todo, cost, strict=True) if "components" not in params)
-    _, forward = cli.pick_forward(args, model, data.to_float(test.images[:batch_size]), passes * n / batch_size / world)
+    x = data.to_float(test.images[:batch_size])
+    forward = exact = cli.pick_forward(args, model, x, passes * n / batch_size / world)[1]
+    if args.precision != "fp32" and any("precision" in params for _, params in todo):
+        exact = cli.compiled_pass(model, cli.forward_pass(model), x)[0] if args.compile == "on" else model
     result |= {"precision": args.precision, "compile": args.compile}
     correct, logits, saved = torch.ones(n, dtype=torch.bool, device=device), None, {"labels": test.labels.cpu().numpy()}
     x_adv, natural = data.to_float(test.images) if args.save_images else None, None
@@ -231,7 +236,8 @@ def evaluate(model, test, args, result, device):
             standing = correct.nonzero()[:, 0] if args.pool else torch.arange(n, device=device)
             extra = {}
             if len(standing):
-                latest, extra = run_attack(model, forward, test, params, standing, args, bar, x_adv)
+                of_precision = exact if "precision" in params else forward
+                latest, extra = run_attack(model, of_precision, test, params, standing, args, bar, x_adv)
                 logits = latest if logits is None else torch.where(latest.any(1, keepdim=True), latest, logits)
             natural = logits if not params else natural
             if params and natural is not None and not args.pool:

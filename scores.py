@@ -83,9 +83,10 @@ def table(result):
     spat = "" if model["spat_alpha"] is None else f" + SPAT (α {model['spat_alpha']:g})"
     trained = f", {model['defense']}{spat}, {model['epochs']} epochs, seed {model['seed']}" if model["defense"] else ""
     epsilon = result["epsilon"]
+    exact = [row["name"] for row in result["attacks"] if "after" in row or "precision" in row["params"]]
     lines = [f"{model['path']}: {model['arch']} on {model['dataset']}{trained}",
              f"the first {result['n']} test images; attacks at ε {epsilon} crafted in {result['precision']}"
-             + (", AutoAttack's in fp32" if any("after" in row for row in result["attacks"]) else "")
+             + (f", {' and '.join(exact)} in fp32" if exact and result["precision"] != "fp32" else "")
              + ("" if result["complete"] else "; INCOMPLETE, it was stopped"),
              "",
              f"{'attack':<16} {'correct':>13} {'accuracy':>9}   95 % interval   {'seconds':>7}"]

@@ -157,11 +157,12 @@ def rows_of(model_path, *flags):
 
 
 def test_restarts_break_what_any_of_them_breaks(model_path):
-    flags = ["--attacks", "pgd", "cw", "--epsilon", "0.02", "--num-images", "100", "--restarts"]
+    flags = ["--attacks", "pgd", "cw", "--epsilon", "0.05", "--step-size", "0.05", "--num-steps", "1", "--cw-steps", "1",
+             "--num-images", "100", "--restarts"]
     one, three = (rows_of(model_path, *flags, restarts) for restarts in "13")
     model, _ = checkpoints.load_model(model_path)
     test = data.load("digits", train=False).subset(slice(100))
-    for name in ("PGD-3", "CW-inf"):
+    for name in ("PGD-1", "CW-inf"):
         with models.frozen(model):
             attack = eval_attacks.make_attack(model, one[name]["params"])
             right = [model(attack(test.images / 255, test.labels, torch.arange(100), restart)).argmax(1) == test.labels
@@ -169,23 +170,23 @@ def test_restarts_break_what_any_of_them_breaks(model_path):
         assert np.array_equal(mask(one[name]), right[0].numpy())
         assert np.array_equal(mask(three[f"{name} x3"]), torch.stack(right).all(0).numpy())
         assert three[f"{name} x3"]["params"]["restarts"] == 3
-    assert three["CW-inf x3"]["correct"] < one["CW-inf"]["correct"]  # here the second and the third start find more
+        assert three[f"{name} x3"]["correct"] < one[name]["correct"]  # one large step: the start matters
 
 
 def test_any_step_takes_the_worst_iterate(model_path):
     """Against PGD with 0, 1, ... steps from the same start, as each of these is one iterate. A step of twice the radius
     jumps from corner to corner: the last iterate is not the worst."""
-    flags = ["--attacks", "pgd", "--any-step", "--epsilon", "0.02", "--step-size", "0.04", "--num-images", "100"]
+    flags = ["--attacks", "pgd", "--any-step", "--epsilon", "0.1", "--step-size", "0.2", "--num-images", "100"]
     row = rows_of(model_path, *flags)["PGD-3 any step"]
     model, _ = checkpoints.load_model(model_path)
     test = data.load("digits", train=False).subset(slice(100))
     x = test.images / 255
-    start = attacks.start_per_image("uniform", x, 0.02, torch.arange(100))
+    start = attacks.start_per_image("uniform", x, 0.1, torch.arange(100))
     right = []
     with models.frozen(model):
         for steps in range(4):
             x_adv = attacks.pgd(model, x, test.labels, lambda z, y: F.cross_entropy(z, y, reduction="none"),
-                                epsilon=0.02, step_size=0.04, num_steps=steps, random_start=start)
+                                epsilon=0.1, step_size=0.2, num_steps=steps, random_start=start)
             right.append(model(x_adv).argmax(1) == test.labels)
     assert np.array_equal(mask(row), torch.stack(right).all(0).numpy()) and row["params"]["any_step"] is True
     assert row["correct"] < right[-1].sum()
@@ -241,6 +242,14 @@ def test_confidences_of_cw(model_path):
     rows = rows_of(model_path, "--attacks", "cw", "--kappas", "50", "0")
     assert [row["params"]["kappa"] for row in rows.values() if "kappa" in row["params"]] == [50, 0]
     assert list(rows) == ["CW-inf", "CW-inf κ 0", "Worst case"]
+
+
+def test_an_attack_that_stops_at_the_boundary_sees_it_in_float32(model_path, capsys):
+    """In bf16 CW with κ = 0 stops where bf16 has crossed the boundary and float32, which scores, has not."""
+    flags = ["--attacks", "cw", "--kappas", "0", "--num-images", "100", "--cw-steps", "10", "--precision"]
+    bf16, fp32 = (rows_of(model_path, *flags, precision)["CW-inf κ 0"] for precision in ("bf16", "fp32"))
+    assert bf16["correct_mask"] == fp32["correct_mask"] and bf16["params"] == fp32["params"]
+    assert "crafted in bf16, CW-inf κ 0 in fp32" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(("protocol", "expected"), [
