@@ -157,8 +157,8 @@ def rows_of(model_path, *flags):
 
 
 def test_restarts_break_what_any_of_them_breaks(model_path):
-    flags = ["--attacks", "pgd", "cw", "--epsilon", "0.05", "--step-size", "0.05", "--num-steps", "1", "--cw-steps", "1",
-             "--num-images", "100", "--restarts"]
+    flags = ["--attacks", "pgd", "cw", "--epsilon", "0.05", "--step-size", "0.05", "--num-steps", "1",
+             "--cw-steps", "1", "--num-images", "100", "--restarts"]
     one, three = (rows_of(model_path, *flags, restarts) for restarts in "13")
     model, _ = checkpoints.load_model(model_path)
     test = data.load("digits", train=False).subset(slice(100))
