@@ -193,6 +193,11 @@ def pick_forward(args, model, x, passes):
     return eager, forward
 
 
+def float32_pass(args, model, x):
+    """The fast callable in float32, whatever args.precision is, once pick_forward has decided about compiling."""
+    return compiled_pass(model, forward_pass(model), x)[0] if args.compile == "on" else model
+
+
 # Several processes, started by torchrun. With one, these do nothing. --------------------------------------------------
 
 

@@ -70,7 +70,7 @@ def parse_args(argv=None):
     add("--step-size", type=cli.ratio, help="of pgd*, cw (default: epsilon / 10)")
     add("--random-start", choices=attacks.RANDOM_STARTS, default="uniform", help="of pgd*, cw (default: uniform)")
     add("--restarts", type=cli.positive_int, default=1, metavar="R", help="of pgd*, cw: each start counts (default: 1)")
-    add("--any-step", action="store_true", help="... or if any step does, RST's rule; --precision auto is then fp32")
+    add("--any-step", action="store_true", help="... or if any step does, RST's rule; crafted in float32")
     add("--pool", action="store_true", help="attack only what the attacks before left standing; the rows accumulate")
     add("--batch-size", type=cli.positive_int, default=256, help="alters apgd and autoattack only (default: 256)")
     add("--save-examples", metavar="FILE", help="write each image's predictions and margins to this .npz")
@@ -98,7 +98,8 @@ def attack_list(args):
         base = radius | {"step_size": args.step_size or str(Fraction(epsilon) / 10), "num_steps": args.num_steps,
                          "random_start": args.random_start, "seed": args.seed}
         base |= {"restarts": args.restarts} if args.restarts > 1 else {}
-        base |= {"any_step": True} if args.any_step else {}
+        exact = {"precision": "fp32"}  # where one step decides: in bf16 it may fall short of float32's boundary
+        base |= {"any_step": True} | exact if args.any_step else {}
         rule = (f" x{args.restarts}" if args.restarts > 1 else "") + (" any step" if args.any_step else "")
         official = radius | {"version": "standard", "seed": args.seed, "batch_size": args.batch_size}
         official |= {"processes": world} if (world := cli.rank_and_world()[1]) > 1 else {}
@@ -112,8 +113,7 @@ def attack_list(args):
             rows["pgd-ls"] += [(f"PGD-{n}-LS {alpha:g}{rule}", {"objective": "lsce", "alpha": alpha} | steps)
                                for alpha in args.alphas or ()]
         rows["cw"] = [(f"CW-inf{'' if kappa == 50 else f' κ {kappa:g}'}{rule}", {"objective": "cw", "kappa": kappa}
-                       | base | {"num_steps": args.cw_steps} | ({"precision": "fp32"} if kappa < 1 else {}))
-                      for kappa in args.kappas]  # CW stops at margin -κ: in bf16 that may be short of the boundary
+                       | base | {"num_steps": args.cw_steps} | (exact if kappa < 1 else {})) for kappa in args.kappas]
         rows["apgd"] = [("APGD-CE + APGD-T", {"components": ["apgd-ce", "apgd-t"]} | official)]
         rows["autoattack"] = [("AutoAttack", {"components": list(attacks.COMPONENTS)} | official)]
         suffix = f" ε {epsilon}" if args.epsilons else ""
@@ -224,7 +224,7 @@ def evaluate(model, test, args, result, device):
     x = data.to_float(test.images[:batch_size])
     forward = exact = cli.pick_forward(args, model, x, passes * n / batch_size / world)[1]
     if args.precision != "fp32" and any("precision" in params for _, params in todo):
-        exact = cli.compiled_pass(model, cli.forward_pass(model), x)[0] if args.compile == "on" else model
+        exact = cli.float32_pass(args, model, x)
     result |= {"precision": args.precision, "compile": args.compile}
     correct, logits, saved = torch.ones(n, dtype=torch.bool, device=device), None, {"labels": test.labels.cpu().numpy()}
     x_adv, natural = data.to_float(test.images) if args.save_images else None, None
@@ -232,9 +232,8 @@ def evaluate(model, test, args, result, device):
                                     dynamic_ncols=True, disable=rank > 0) as bar:
         for (name, params), weight in zip(todo, cost, strict=True):
             bar.set_description(name)
-            start, begun = time.perf_counter(), bar.n
+            start, begun, extra = time.perf_counter(), bar.n, {}
             standing = correct.nonzero()[:, 0] if args.pool else torch.arange(n, device=device)
-            extra = {}
             if len(standing):
                 of_precision = exact if "precision" in params else forward
                 latest, extra = run_attack(model, of_precision, test, params, standing, args, bar, x_adv)
@@ -281,14 +280,11 @@ def main(argv=None):
         except (ValueError, OSError) as error:
             parser.error(error)
         args.epsilon = ", ".join(args.epsilons or [args.epsilon or data.EPSILON.get(dataset, "8/255")])
-        if args.any_step and args.precision == "auto":
-            args.precision = "fp32"  # in bf16 the step that breaks an image may be missed for one that does not
         result = {
             "model": scores.describe(info, dataset), "n": len(test.labels), "epsilon": args.epsilon,
             "device": scores.device_name(device), "precision": args.precision, "batch_size": args.batch_size,
             "versions": {"python": platform.python_version(), "torch": torch.__version__},
-            "command": scores.command(parser.prog, argv),
-            "complete": False, "attacks": []}
+            "command": scores.command(parser.prog, argv), "complete": False, "attacks": []}
         try:
             evaluate(model, test, args, result, device)
         except KeyboardInterrupt:  # what is finished stands in the JSON, marked as incomplete

@@ -244,18 +244,23 @@ def test_confidences_of_cw(model_path):
     assert list(rows) == ["CW-inf", "CW-inf κ 0", "Worst case"]
 
 
-def test_an_attack_that_stops_at_the_boundary_sees_it_in_float32(model_path, capsys):
+@pytest.mark.parametrize(("name", "flags"), [
+    ("CW-inf κ 0", ["cw", "--kappas", "0", "--cw-steps", "10"]), ("PGD-3 any step", ["pgd", "--any-step"])])
+def test_where_one_step_decides_it_is_crafted_in_float32(model_path, tmp_path, name, flags, capsys):
     """In bf16 CW with κ = 0 stops where bf16 has crossed the boundary and float32, which scores, has not."""
-    flags = ["--attacks", "cw", "--kappas", "0", "--num-images", "100", "--cw-steps", "10", "--precision"]
-    bf16, fp32 = (rows_of(model_path, *flags, precision)["CW-inf κ 0"] for precision in ("bf16", "fp32"))
-    assert bf16["correct_mask"] == fp32["correct_mask"] and bf16["params"] == fp32["params"]
-    assert "crafted in bf16, CW-inf κ 0 in fp32" in capsys.readouterr().out
+    for precision in ("bf16", "fp32"):
+        rows_of(model_path, "--num-images", "100", "--attacks", *flags, "--precision", precision,
+                "--save-examples", str(tmp_path / precision))
+    bf16, fp32 = (np.load(tmp_path / precision)[f"margins/{name}"] for precision in ("bf16", "fp32"))
+    assert np.array_equal(bf16, fp32)
+    assert f"crafted in bf16, {name} in fp32" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(("protocol", "expected"), [
     ("paper", {"epsilon": "0.05", "step_size": "1/200", "num_steps": 20}),
     ("rst", {"epsilon": "0.031", "step_size": "0.003", "num_steps": 20}),
-    ("rst-restarts", {"epsilon": "0.031", "step_size": "0.01", "num_steps": 40, "restarts": 5, "any_step": True}),
+    ("rst-restarts", {"epsilon": "0.031", "step_size": "0.01", "num_steps": 40, "restarts": 5, "any_step": True,
+                      "precision": "fp32"}),
 ])
 def test_protocols(protocol, expected):
     _, args = eval_attacks.parse_args(["--model-path", "m.pt", "--protocol", protocol])
@@ -334,8 +339,3 @@ def test_a_full_disk_ends_in_one_line(model_path, tmp_path, monkeypatch):
     monkeypatch.setattr(checkpoints, "write_atomically", full)
     with pytest.raises(SystemExit, match="No space left on device"):
         rows_of(model_path, "--json", str(tmp_path / "r.json"))
-
-
-def test_any_step_is_judged_in_float32(model_path):
-    argv = ["--model-path", str(model_path), "--num-images", "4", "--attacks", "pgd", "--compile", "off"]
-    assert eval_attacks.main([*argv, "--any-step"])["precision"] == "fp32"
