@@ -60,6 +60,9 @@ def load(path, device="cpu"):
         with warnings.catch_warnings(action="ignore"):  # on another pickle protocol than torch's
             return torch.load(path, map_location=device, weights_only=True)
     except Exception as error:  # torch.load raises nearly anything on a damaged file
+        if "unsupported global" in str(error).lower():
+            raise ValueError(f"{path}: holds Python objects besides tensors, which are not loaded: save its state "
+                             "dict alone") from None
         raise ValueError(f"{path}: not a model file, or a damaged one ({type(error).__name__})") from None
 
 

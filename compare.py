@@ -27,19 +27,16 @@ def paired_difference(a, b, z=1.959964):
 
 
 def compare(first, second):
-    """{attack's name: paired_difference} for two results; raises ValueError if they are not of the same images and
-    attacks."""
+    """{attack's name: paired_difference} of the attacks that two results share, by name and parameters; raises
+    ValueError if they are not of the same images, or share none."""
     for key, of in (("n", dict), ("dataset", lambda r: r["model"])):
         values = [of(result)[key] for result in (first, second)]
         if values[0] != values[1]:
             raise ValueError(f"not the same images: {key} is {values[0]} and {values[1]}")
     ours, theirs = ({row["name"]: row for row in result["attacks"]} for result in (first, second))
-    shared = [name for name in ours if name in theirs]
+    shared = [name for name in ours if name in theirs and ours[name]["params"] == theirs[name]["params"]]
     if not shared:
-        raise ValueError("the two files share no attack")
-    for name in shared:
-        if ours[name]["params"] != theirs[name]["params"]:
-            raise ValueError(f"not the same attack: {name} is {ours[name]['params']} and {theirs[name]['params']}")
+        raise ValueError("the two files share no attack with the same parameters")
     masks = {name: [scores.correct_mask(rows[name]) for rows in (ours, theirs)] for name in shared}
     return {name: paired_difference(*pair) for name, pair in masks.items()}
 
@@ -58,13 +55,17 @@ def main(argv=None):
         differences = compare(first, second)
     except ValueError as error:
         parser.error(error)
-    print(f"A {args.a}\nB {args.b}\nB - A in points, {first['n']} images of {first['model']['dataset']}\n")
+    for letter, path, result in (("A", args.a, first), ("B", args.b, second)):
+        print(f"{letter} {path}, crafted in {result.get('precision', 'unknown precision')}")
+    print(f"B - A in points, {first['n']} images of {first['model']['dataset']}\n")
     print(f"{'attack':<16}{'A':>8}{'B':>8}{'B - A':>9}   95 % interval    gained   lost   McNemar's p")
     accuracy = [{row["name"]: row["accuracy"] for row in result["attacks"]} for result in (first, second)]
     for name, d in differences.items():
         low, high = d["interval"]
         print(f"{name:<16}{accuracy[0][name]:>8.2%}{accuracy[1][name]:>8.2%}{100 * d['difference']:>+9.2f}"
               f"   {100 * low:+6.2f} to {100 * high:+6.2f} {d['gained']:>7} {d['lost']:>6}   {d['p']:.2g}")
+    if others := [name for name in accuracy[0] | accuracy[1] if name not in differences]:
+        print(f"\nnot in both, or with other parameters: {', '.join(others)}")
     return differences
 
 

@@ -5,6 +5,8 @@ randomness of a training step is a function of (seed, step).
 """
 
 import contextlib
+import fcntl
+import os
 import pathlib
 from typing import NamedTuple
 
@@ -42,27 +44,36 @@ def _dataset(images_nhwc, labels, classes):
     return Dataset(torch.from_numpy(images_nhwc).permute(0, 3, 1, 2), torch.tensor(labels), list(classes))
 
 
+@contextlib.contextmanager
+def _alone_in(folder):
+    """One process at a time, where the file system can lock a folder (NFS cannot)."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
+
+
 def _cifar(name, data_dir, train):
     cls = {"cifar10": torchvision.datasets.CIFAR10, "cifar100": torchvision.datasets.CIFAR100}[name]
     folder = pathlib.Path(data_dir, cls.base_folder)
-    if not folder.exists():
-        new = [path for path in (folder.parent, *folder.parent.parents) if not path.exists()]
-        try:
-            cls(data_dir, train=train, download=True)
-        except (OSError, RuntimeError) as error:
-            for path in new:  # torchvision makes the folder before it finds no network
-                with contextlib.suppress(OSError):
-                    path.rmdir()
-            raise ValueError(
-                f"{folder} is not there and cannot be downloaded ({_one_line(error)}): put {cls.base_folder} from "
-                f"{cls.url} there, or use --dataset digits, which needs no download"
-            ) from None
+    new = [path for path in (folder.parent, *folder.parent.parents) if not path.exists()]
     try:
-        data = cls(data_dir, train=train, download=False)  # checks every file's MD5
-    except RuntimeError:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with _alone_in(folder.parent):  # of several processes one downloads while the others wait
+            data = cls(data_dir, train=train, download=not folder.exists())  # it checks every file's MD5
+    except (OSError, RuntimeError) as error:
+        if folder.exists():
+            raise ValueError(f"{folder} is incomplete or damaged (its checksums are not {name}'s): unpack "
+                             f"{cls.filename} again") from None
+        for path in new:
+            with contextlib.suppress(OSError):
+                path.rmdir()
         raise ValueError(
-            f"{folder} is incomplete or damaged (its checksums are not {name}'s): unpack {cls.filename} again"
-        ) from None
+            f"{folder} is not there and cannot be downloaded ({_one_line(error)}): put {cls.base_folder} from "
+            f"{cls.url} there, or use --dataset digits, which needs no download") from None
     return _dataset(data.data, data.targets, data.classes)
 
 

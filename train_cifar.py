@@ -141,9 +141,10 @@ def new_or_resumed(typed):
         return args, None
     out_dir = typed.get("out_dir") or with_defaults(typed).out_dir
     state = rundir.load_run(out_dir)
+    typed = {k: v for k, v in typed.items() if v != "auto" or k not in ("precision", "compile")}  # decided once
     for key, value in typed.items():
         of_the_run = state["args"].get(key)
-        if key not in FREE_ON_RESUME and value not in ("auto", of_the_run):
+        if key not in FREE_ON_RESUME and value != of_the_run:
             flag = "--" + key.replace("_", "-")
             raise ValueError(f"--resume: {flag} {value} would alter the run in {out_dir}, which has {of_the_run}")
     before_rst = {"recipe": "mart", "aux_data": None, "aux_fraction": 0.5}  # for runs of older versions
@@ -273,12 +274,13 @@ def train(args, state, train_set, val_set, device, stop=()):
         cli.broadcast_buffers(model)
 
         alpha = (args.spat_alpha or 0.0) if adversarial and i % SHARES_EVERY == 0 else None
-        sums += cli.sum_over_processes(rundir.tally(model, plain, x, x_adv, y, loss, logits_nat, logits_adv, alpha))
+        counts = rundir.tally(model, plain, x, x_adv, y, loss, logits_nat, logits_adv, alpha)
+        sums += cli.sum_over_processes(counts) / world
         bar.update(args.batch_size)
         last_of_epoch, stop_now, save_now = i == steps_per_epoch - 1, False, False
-        if last_of_epoch or step % read_every == 0:
+        if last_of_epoch or step % read_every == 0 or (stop and world == 1):  # several must agree on when to ask
             stop_now, save_now = cli.any_process(stop, time.perf_counter() - saved > 60 * args.save_minutes)
-            mean_loss, _, robust = (sums[:3] / (i + 1) / world).tolist()
+            mean_loss, _, robust = (sums[:3] / (i + 1)).tolist()
             if not math.isfinite(mean_loss):
                 raise FloatingPointError(f"the loss is {mean_loss} by step {step + 1} of epoch {epoch + 1}, "
                                          f"lr {group['lr']:g}")
@@ -288,13 +290,14 @@ def train(args, state, train_set, val_set, device, stop=()):
 
         if last_of_epoch:
             seconds = time.perf_counter() - epoch_start
-            row = rundir.epoch_row(args, epoch + 1, group["lr"], sums.tolist(), steps_per_epoch * world)
+            row = rundir.epoch_row(args, epoch + 1, group["lr"], sums.tolist(), steps_per_epoch)
             row |= validate(model, forward, val_set, args) | {"seconds": seconds}
             row["images_per_s"] = (step + 1 - epoch_first_step) * args.batch_size / seconds
             rows.append(row)
             sums.zero_()
             score = row["val_robust_accuracy" if adversarial else "val_natural_accuracy"]
-            is_best, best = score is not None and score > best, max(best, -1 if score is None else score)
+            if is_best := score is not None and score >= best:  # of equals the later one, at a lower rate
+                best = score
             if rank == 0:
                 if is_best:
                     checkpoints.save(checkpoint(step + 1) | {"optimizer": None}, out_dir / "best.pt")
@@ -308,7 +311,7 @@ def train(args, state, train_set, val_set, device, stop=()):
         if stop_now:
             break
     bar.close()
-    return step + 1 == total_steps
+    return len(rows) == args.epochs
 
 
 def main(argv=None):

@@ -3,7 +3,7 @@
     python -m torch.distributed.run --nproc-per-node=2 distributed_job.py MODE FOLDER FLAG ...
 
 MODE: "observe" saves each process's weights and buffers after every epoch into FOLDER; "norm-free" does so for a net
-without batch norm; "die" kills process 1 in its fourth step.
+without batch norm; "die" kills process 1 in its fifth step.
 """
 
 import os
@@ -38,7 +38,7 @@ def main(mode, folder, *argv):
 
     def deadly(*args):
         steps.append(1)
-        if len(steps) == 4 and cli.rank_and_world()[0] == 1:
+        if len(steps) == 5 and cli.rank_and_world()[0] == 1:
             os.kill(os.getpid(), signal.SIGKILL)
         return augment(*args)
 

@@ -81,6 +81,17 @@ def test_other_images_or_attacks_are_refused(results, what, capsys):
     fails_in_one_line(compare.main, results, capsys)
 
 
+def test_attacks_with_other_parameters_are_left_out_and_named(results, capsys):
+    for path, steps in zip(results, (10, 20), strict=True):
+        result = json.loads(path.read_text())
+        row = copy.deepcopy(result["attacks"][0])
+        result["attacks"].append(row | {"name": "Worst case", "params": {"of": ["PGD-20"] * steps}})
+        path.write_text(json.dumps(result | {"precision": f"of {steps}"}))
+    assert list(compare.main([str(path) for path in results])) == ["PGD-20"]
+    printed = capsys.readouterr().out
+    assert "with other parameters: Worst case" in printed and "B.json, crafted in of 20" in printed
+
+
 def test_files_that_are_no_results(tmp_path, results, capsys):
     (tmp_path / "list.json").write_text("[1]")
     (tmp_path / "cut.json").write_text(results[0].read_text()[:100])

@@ -1,9 +1,13 @@
 """Augmentation against torchvision's transforms; what a data folder must be; the real CIFAR-10 where it is at hand."""
 
+import concurrent.futures
+import time
+
 import foolbox
 import numpy as np
 import pytest
 import torch
+import torchvision
 import torchvision.transforms.functional as TF
 from PIL import Image
 
@@ -158,6 +162,30 @@ def test_truncated_cifar_is_refused_and_left_alone(tmp_path):
     with pytest.raises(ValueError, match="incomplete or damaged"):
         data.load("cifar10", tmp_path)
     assert [f.name for f in tmp_path.rglob("*")] == ["cifar-10-batches-py", "data_batch_1"]
+
+
+def test_of_two_processes_one_downloads(tmp_path, monkeypatch):
+    """At once in an empty folder, as torchrun starts them: the second waits until the first one's files are whole."""
+    downloads, folder = [], tmp_path / "new" / "cifar-10-batches-py"
+
+    class Slow(torchvision.datasets.CIFAR10):
+        def __init__(self, root, train, download):
+            if download:
+                downloads.append(1)
+                folder.mkdir()  # from here on it looks as if it were there
+                time.sleep(0.5)
+                (folder / "whole").touch()
+            elif not (folder / "whole").exists():
+                raise RuntimeError("corrupted")
+            self.data, self.targets, self.classes = np.zeros((2, 32, 32, 3), np.uint8), [0, 1], ["a", "b"]
+
+    monkeypatch.setattr(torchvision.datasets, "CIFAR10", Slow)
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        first = pool.submit(data.load, "cifar10", tmp_path / "new")
+        time.sleep(0.1)
+        second = pool.submit(data.load, "cifar10", tmp_path / "new")
+        assert first.result().labels.tolist() == second.result().labels.tolist() == [0, 1]
+    assert len(downloads) == 1
 
 
 def test_real_cifar10(cifar_dir):

@@ -145,7 +145,7 @@ def test_every_defense_trains(defense, tmp_path, capsys):
         ".lock", "args.json", "log.csv", "curves.png", "best.pt", "last.pt", "last.prev.pt"}
     best, last = checkpoints.load_model(tmp_path / "best.pt")[1], checkpoints.load_model(tmp_path / "last.pt")[1]
     scores = [float(row["val_robust_accuracy" if adversarial else "val_natural_accuracy"]) for row in rows]
-    assert last["epoch"] == 2 and best["epoch"] == 1 + scores.index(max(scores))
+    assert last["epoch"] == 2 and best["epoch"] == max(k for k, v in enumerate(scores, start=1) if v == max(scores))
 
 
 def test_the_attack_uses_the_objective_that_alpha_asks_for(tmp_path, monkeypatch):
@@ -228,6 +228,17 @@ def test_a_stopped_run_goes_on_to_the_same_end(tmp_path, monkeypatch, stop_after
     for name in ("last.pt", "best.pt"):
         whole, cut = (checkpoints.load(tmp_path / run / name)["state_dict"] for run in ("whole", "cut"))
         assert all(torch.equal(whole[key], cut[key]) for key in whole)
+
+
+def test_a_finished_run_may_be_resumed_again(tmp_path, capsys):
+    """As a job that is queued once too often does; and "auto" is what it came to."""
+    train_cifar.main(["--defense", "madry", *TINY, "--out-dir", str(tmp_path)])
+    before, weights = (tmp_path / "log.csv").read_bytes(), (tmp_path / "last.pt").read_bytes()
+    train_cifar.main(["--resume", "--out-dir", str(tmp_path), "--precision", "auto", "--compile", "auto"])
+    assert (tmp_path / "log.csv").read_bytes() == before and (tmp_path / "last.pt").read_bytes() == weights
+    args = json.loads((tmp_path / "args.json").read_text())
+    assert (args["precision"], args["compile"]) == ("fp32", "off")
+    assert capsys.readouterr().out.endswith(f"python eval_attacks.py --model-path {tmp_path / 'best.pt'}\n")
 
 
 @pytest.mark.parametrize("number, status", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
