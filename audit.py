@@ -41,7 +41,7 @@ def parse_args(argv=None):
     add("--batch-size", type=cli.positive_int, default=256, help="(default: 256)")
     add("--square-queries", type=cli.positive_int, default=1000, help="of the gradient-free attack (default: 1000)")
     add("--autoattack", action="store_true", help="run all of AutoAttack (default: APGD-CE and APGD-T, a third of it)")
-    add("--oracle", metavar="FILE", help="another robust model (one that wants its images as they are), to judge the attacks")
+    add("--oracle", metavar="FILE", help="another robust model (it gets images in [0, 1]), to judge the attacks")
     add("--alphas", nargs="+", type=cli.unit_float, metavar="A", default=[0.0, 0.1, 0.2, 0.4, 0.6, 0.8, 1.0],
         help="values of α of PGD-LS to judge with --oracle (default: 0 0.1 0.2 0.4 0.6 0.8 1)")
     return parser, parser.parse_args(argv)
