@@ -102,6 +102,14 @@ def points(difference):
     return f"{100 * difference['difference']:+.2f} ({100 * low:+.2f} to {100 * high:+.2f})"
 
 
+def verdict(differences):
+    """"confirmed" if all these differences lie above 0 with their intervals, "contradicted" if one lies below, or
+    "undecided"."""
+    if all(d["interval"][0] > 0 for d in differences):
+        return "confirmed"
+    return "contradicted" if any(d["interval"][1] < 0 for d in differences) else "undecided"
+
+
 def band(ax, x, rows, label, **style):
     """Accuracies (%) of entries of results over x, with their 95 % intervals as a band."""
     low, high = 100 * np.array([row["interval"] for row in rows]).T
