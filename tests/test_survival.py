@@ -69,7 +69,7 @@ def kill_until_done(out_dir, kills, seed):
                 file.unlink()
 
 
-@pytest.mark.parametrize("kills", [2, pytest.param(25, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kills", [3, pytest.param(25, marks=pytest.mark.slow)])
 def test_killed_and_resumed_equals_undisturbed(tmp_path, kills):
     torch.set_num_threads(1)
     train_cifar.main([*RUN, "--out-dir", str(tmp_path / "whole")])
