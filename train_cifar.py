@@ -136,7 +136,7 @@ def new_or_resumed(typed):
     would overwrite a run, or alter the one it resumes."""
     if not typed.pop("resume", False):
         args = with_defaults(typed)
-        if any(pathlib.Path(args.out_dir, name).exists() for name in ("args.json", "last.pt", "log.csv")):
+        if any(pathlib.Path(args.out_dir, name).exists() for name in ("last.pt", "last.prev.pt", "best.pt", "log.csv")):
             raise ValueError(f"--out-dir {args.out_dir} holds a run already: add --resume, or choose another")
         return args, None
     out_dir = typed.get("out_dir") or with_defaults(typed).out_dir

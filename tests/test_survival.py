@@ -38,7 +38,7 @@ torch.save = slow
 import train_cifar
 train_cifar.main(sys.argv[1:])
 """
-RUN = ["--defense", "mart", "--spat-alpha", "0.3", *TINY, "--epochs", "3", "--save-minutes", "0"]
+RUN = ["--defense", "mart", "--spat-alpha", "0.3", *TINY, "--save-minutes", "0"]
 
 
 def start(arguments):
@@ -47,11 +47,13 @@ def start(arguments):
                             env=os.environ | {"OMP_NUM_THREADS": "1"})
 
 
-def kill_until_done(out_dir, kills, seed):
-    """Start, kill at a random moment after the first checkpoint, resume, ... -> how often it was killed."""
-    g, killed, arguments = random.Random(seed), 0, [*RUN, "--out-dir", str(out_dir)]
+def kill_until_done(begin, out_dir, kills, seed):
+    """Start, kill at a random moment once it has begun, resume, ... -> how often it was killed."""
+    g, killed = random.Random(seed), 0
     while True:
-        process = start(arguments)
+        resumable = any((out_dir / name).exists() for name in ("last.pt", "last.prev.pt"))
+        # killed before its first checkpoint, there is nothing to resume: the same command starts again
+        process = start(["--resume", "--out-dir", str(out_dir)] if resumable else [*begin, "--out-dir", str(out_dir)])
         process.stdout.readline()  # the run has begun
         if killed < kills:
             time.sleep(g.uniform(0.1, 1.5))
@@ -62,19 +64,15 @@ def kill_until_done(out_dir, kills, seed):
             return killed
         assert status == -signal.SIGKILL
         killed += 1
-        if any((out_dir / name).exists() for name in ("last.pt", "last.prev.pt")):
-            arguments = ["--resume", "--out-dir", str(out_dir)]
-        else:  # killed before the first checkpoint: nothing to resume, the user starts again
-            for file in out_dir.iterdir():
-                file.unlink()
 
 
-@pytest.mark.parametrize("kills", [3, pytest.param(25, marks=pytest.mark.slow)])
-def test_killed_and_resumed_equals_undisturbed(tmp_path, kills):
+# epochs: enough that it is not done before the last kill
+@pytest.mark.parametrize("kills, epochs", [(3, 10), pytest.param(25, 80, marks=pytest.mark.slow)])
+def test_killed_and_resumed_equals_undisturbed(tmp_path, kills, epochs):
     torch.set_num_threads(1)
-    train_cifar.main([*RUN, "--out-dir", str(tmp_path / "whole")])
-    killed = kill_until_done(tmp_path / "cut", kills, seed=kills)
-    assert killed >= min(kills, 3)
+    begin = [*RUN, "--epochs", str(epochs)]
+    train_cifar.main([*begin, "--out-dir", str(tmp_path / "whole")])
+    assert kill_until_done(begin, tmp_path / "cut", kills, seed=kills) == kills
     assert without_times(tmp_path / "cut/log.csv") == without_times(tmp_path / "whole/log.csv")
     for name in ("last.pt", "best.pt"):
         whole, cut = (checkpoints.load(tmp_path / run / name)["state_dict"] for run in ("whole", "cut"))

@@ -230,6 +230,19 @@ def test_a_stopped_run_goes_on_to_the_same_end(tmp_path, monkeypatch, stop_after
         assert all(torch.equal(whole[key], cut[key]) for key in whole)
 
 
+@pytest.mark.parametrize("left", [{"args.json", ".lock"}, {"last.pt"}, {"last.prev.pt"}, {"best.pt"}, {"log.csv"}])
+def test_a_run_is_not_overwritten_but_one_that_saved_nothing_starts_again(tmp_path, capsys, left):
+    for name in left:
+        (tmp_path / name).write_text("as it was")
+    argv = ["--defense", "standard", *TINY, "--epochs", "1", "--out-dir", str(tmp_path)]
+    if "args.json" in left:  # killed before its first checkpoint
+        train_cifar.main(argv)
+        assert json.loads((tmp_path / "args.json").read_text())["epochs"] == 1
+    else:
+        assert "holds a run already" in fails_in_one_line(train_cifar.main, argv, capsys)
+        assert {file.name: file.read_text() for file in tmp_path.iterdir()} == dict.fromkeys(left, "as it was")
+
+
 def test_a_finished_run_may_be_resumed_again(tmp_path, capsys):
     """As a job that is queued once too often does; and "auto" is what it came to."""
     train_cifar.main(["--defense", "madry", *TINY, "--out-dir", str(tmp_path)])
