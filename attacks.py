@@ -31,6 +31,8 @@ def start_perturbation(kind, like, epsilon, generator=None):
 def start_per_image(kind, like, epsilon, indices, seed=0, restart=0):
     """The same, one draw an image, each a function of (seed, restart, the image's index) alone: an evaluation's
     result then depends on neither its batch size nor the number of processes. Drawn on the CPU."""
+    if kind == "none":
+        return torch.zeros_like(like)
     starts, one = [], torch.empty_like(like[:1], device="cpu")
     for index in indices.tolist():
         # seeds of one evaluation differ in the low bits only, which torch's Mersenne twister spreads well enough
@@ -178,10 +180,10 @@ def attacked_logits(model, images, labels, attack=None, batch_size=256, progress
     """The model's float32 logits (N, K) for attacked images: what every accuracy is counted from.
 
     images: (N, C, H, W) uint8, labels: (N,), both on one device. attack(x, y, indices) -> x_adv, indices being the
-    images' positions; None for the natural images. model scores the final images: give it in float32 and frozen,
-    whatever crafts inside `attack`. only: the positions to attack (default: all), at least one. Of `world` processes
-    each takes every world-th of them and leaves all other rows zero: the sum is the result. All batches have one size
-    (the last is filled up with images that are not counted), so that compiled code is not compiled twice.
+    images' positions, on the CPU; None for the natural images. model scores the final images: give it in float32 and
+    frozen, whatever crafts inside `attack`. only: the positions to attack (default: all), at least one. Of `world`
+    processes each takes every world-th of them and leaves all other rows zero: the sum is the result. All batches have
+    one size (the last is filled up with images that are not counted), so that compiled code is not compiled twice.
     progress(n) is called after every n images; examples, float32 like images, receives the attacked images.
     """
     n, logits = len(images), None
@@ -190,10 +192,12 @@ def attacked_logits(model, images, labels, attack=None, batch_size=256, progress
     mine = only[rank::world]
     counted, total = len(mine), max(1, -(-len(mine) // batch_size)) * batch_size
     filled = torch.cat([mine, only.repeat(-(-total // len(only)))])[:total]
-    for done, indices in zip(range(0, total, batch_size), filled.split(batch_size), strict=True):
+    positions = filled.cpu()  # all at once: to fetch them batch by batch would wait for the GPU each time
+    for done in range(0, total, batch_size):
+        indices = filled[done : done + batch_size]
         x = images[indices].to(torch.float32, memory_format=torch.channels_last).div_(255)
         if attack is not None:
-            x = attack(x, labels[indices], indices)
+            x = attack(x, labels[indices], positions[done : done + batch_size])
         with torch.no_grad():
             out = model(x).float()
         logits = out.new_zeros(n, out.shape[1]) if logits is None else logits

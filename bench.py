@@ -2,8 +2,9 @@
 
     python bench.py --arch resnet-18 --defense mart
 
-The textbook: float32, NCHW, eager, one image batch after the other, as the published MART and TRADES code does it. Both
-sides do the same arithmetic on the same shapes; repeats are interleaved, so that a machine that drifts is fair to both.
+The textbook: float32 (on a GPU with TF32 in convolutions, torch's default), NCHW, eager, one image batch after the
+other, as the published MART and TRADES code does it. Both sides do the same arithmetic on the same shapes; repeats are
+interleaved, so that a machine that drifts is fair to both.
 """
 
 import concurrent.futures
@@ -208,9 +209,10 @@ def peak_memory(args, name):
     if args.torch_device.type == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()  # by the models that were timed
         step = sides_of(args)[name][0]()[0]["training step"]
         step(), step()
-        return torch.cuda.max_memory_allocated()
+        return torch.cuda.max_memory_allocated() - before
     with concurrent.futures.ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
         return pool.submit(_peak_of_this_process, args, name).result()
 
@@ -230,12 +232,15 @@ def compare(args):
     rates = {str(dtype): matrix_product_rate(args.torch_device, dtype) for _, dtype in sides.values()}
     times = {(side, name): [] for side in sides for name in needed}
     first = dict.fromkeys(sides, 0.0)
-    with tqdm(total=len(times) * (args.repeats + 1), unit="run", dynamic_ncols=True) as bar:
-        for repeat in range(args.repeats + 1):
+    warm_up = 2 if args.torch_device.type == "cuda" else 1  # the second call records the CUDA graphs
+    with tqdm(total=len(times) * (args.repeats + warm_up), unit="run", dynamic_ncols=True) as bar:
+        for repeat in range(args.repeats + warm_up):
             for side, name in times:
                 bar.set_description(f"{side}: {name}")
+                # torch's default, which pick_device turns off, and with which the published code runs
+                torch.backends.cudnn.allow_tf32 = side == "textbook"
                 seconds = cli.timed(built[side][0][name], args.torch_device)
-                if repeat:
+                if repeat >= warm_up:
                     times[side, name].append(seconds)
                 else:
                     first[side] += seconds
@@ -250,7 +255,9 @@ def compare(args):
             "ratio": statistics.median(ratios), "ratio_range": [min(ratios), max(ratios)],
             "gflop_per_s": needed[name] / median / 1e9,
             "share_of_matrix_product": needed[name] / median / rates[str(sides[side][1])]})
-    extra = {side: first[side] - sum(statistics.median(times[side, name]) for name in needed) for side in sides}
+    torch.backends.cudnn.allow_tf32 = False
+    extra = {side: first[side] - warm_up * sum(statistics.median(times[side, name]) for name in needed)
+             for side in sides}
     memory = {side: peak_memory(args, side) for side in sides}
     return {"rows": rows, "matrix_product_gflop_per_s": {k: v / 1e9 for k, v in rates.items()},
             "how": {side: how for side, (_, how) in built.items()}, "compile_and_warm_up_seconds": extra,
