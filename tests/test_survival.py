@@ -66,11 +66,11 @@ def kill_until_done(begin, out_dir, kills, seed):
         killed += 1
 
 
-# epochs: enough that it is not done before the last kill
-@pytest.mark.parametrize("kills, epochs", [(3, 10), pytest.param(25, 80, marks=pytest.mark.slow)])
-def test_killed_and_resumed_equals_undisturbed(tmp_path, kills, epochs):
+# images: enough for three epochs of so many steps that it is not done before the last kill
+@pytest.mark.parametrize("kills, images", [(3, 160), pytest.param(25, 960, marks=pytest.mark.slow)])
+def test_killed_and_resumed_equals_undisturbed(tmp_path, kills, images):
     torch.set_num_threads(1)
-    begin = [*RUN, "--epochs", str(epochs)]
+    begin = [*RUN, "--epochs", "3", "--limit-train", str(images)]
     train_cifar.main([*begin, "--out-dir", str(tmp_path / "whole")])
     assert kill_until_done(begin, tmp_path / "cut", kills, seed=kills) == kills
     assert without_times(tmp_path / "cut/log.csv") == without_times(tmp_path / "whole/log.csv")
