@@ -16,7 +16,6 @@ import shlex
 import signal
 import sys
 import time
-from argparse import Namespace
 from fractions import Fraction
 
 import torch
@@ -103,7 +102,7 @@ def with_defaults(typed):
     for *when, defaults in DEFAULTS:
         if all(wanted in (None, value) for wanted, value in zip(when, of, strict=True)):
             args |= defaults
-    args = Namespace(**args | typed)
+    args = argparse.Namespace(**args | typed)
     models.parse_arch(args.arch)
     first, second = typed.get("lr_milestones", (0, 0))
     for wrong, why in (
@@ -148,7 +147,7 @@ def new_or_resumed(typed):
             flag = "--" + key.replace("_", "-")
             raise ValueError(f"--resume: {flag} {value} would alter the run in {out_dir}, which has {of_the_run}")
     before_rst = {"recipe": "mart", "aux_data": None, "aux_fraction": 0.5}  # for runs of older versions
-    return Namespace(**before_rst | state["args"] | typed | {"out_dir": out_dir}), state
+    return argparse.Namespace(**before_rst | state["args"] | typed | {"out_dir": out_dir}), state
 
 
 def learning_rate(args, epoch, progress):
