@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 import torchvision
 from PIL import Image
+from torchvision.datasets.folder import find_classes, make_dataset
 
 NAMED = ("cifar10", "cifar100", "digits")
 # The radius to train and to evaluate with, unless a flag says otherwise. On digits PGD-20 breaks a standard model.
@@ -88,18 +89,9 @@ def _digits(train):
     return Dataset(images[part], torch.from_numpy(digits.target[part]), [str(name) for name in digits.target_names])
 
 
-def _class_folders(root):
-    if not root.is_dir():
-        raise ValueError(f"{root} is not a folder")
-    folders = sorted(folder for folder in root.iterdir() if folder.is_dir())
-    if not folders:
-        raise ValueError(f"{root} holds no class folders")
-    return folders
-
-
-def read_image_files(files, like=()):
-    """The RGB images, uint8 H x W x 3 each, of one size, that of the first (or of like[0]); raises ValueError."""
-    images = list(like)
+def read_image_files(files):
+    """The RGB images, (N, H, W, 3) uint8, all of one size, that of the first; raises ValueError."""
+    images = []
     for file in files:
         try:
             with Image.open(file) as image:
@@ -109,25 +101,22 @@ def read_image_files(files, like=()):
         if images[-1].shape != images[0].shape:
             height, width, _ = images[0].shape
             raise ValueError(f"{file} is not {width}x{height} pixels as the images before it")
-    return images[len(like):]
+    return np.stack(images)
 
 
 def _image_folder(path, train):
     """PATH/train/CLASS/* and PATH/test/CLASS/*, in a fixed shuffled order: so the first images hold every class."""
-    train_classes, test_classes = ([f.name for f in _class_folders(path / part)] for part in ("train", "test"))
-    if train_classes != test_classes:
-        raise ValueError(f"{path}: the classes of train ({len(train_classes)}) and test ({len(test_classes)}) differ")
-    if len(train_classes) < 2:
+    try:
+        (classes, numbers), (others, _) = (find_classes(path / part) for part in ("train", "test"))
+        files, labels = zip(*make_dataset(path / ("train" if train else "test"), numbers, IMAGE_SUFFIXES), strict=True)
+    except OSError as error:
+        raise ValueError(f"{path}: {_one_line(error)}") from None
+    if classes != others:
+        raise ValueError(f"{path}: the classes of train ({len(classes)}) and test ({len(others)}) differ")
+    if len(classes) < 2:
         raise ValueError(f"{path}: one class is no classification task")
-    images, labels = [], []
-    for label, folder in enumerate(_class_folders(path / ("train" if train else "test"))):
-        files = sorted(file for file in folder.iterdir() if file.suffix.lower() in IMAGE_SUFFIXES)
-        if not files:
-            raise ValueError(f"{folder} holds no images ({', '.join(IMAGE_SUFFIXES)})")
-        images += read_image_files(files, like=images[:1])
-        labels += [label] * len(files)
-    order = permutation(len(images), _SPLIT).numpy()
-    return _dataset(np.stack(images)[order], np.asarray(labels)[order].tolist(), train_classes)
+    order = permutation(len(files), _SPLIT).numpy()
+    return _dataset(read_image_files(files)[order], np.asarray(labels)[order].tolist(), classes)
 
 
 def _one_line(error):

@@ -136,10 +136,8 @@ def make_attack(forward, params):
 
     def attack(x, y, indices, restart=0):
         start = attacks.start_per_image(params["random_start"], x, epsilon, indices, params.get("seed", 0), restart)
-        target = y
-        if params["objective"] == "kl":
-            with torch.no_grad():
-                target = forward(x).float().softmax(1)
+        with torch.no_grad():
+            target = forward(x).float().softmax(1) if params["objective"] == "kl" else y
 
         def iterate(model):
             return attacks.pgd(model, x, target, objective, epsilon=epsilon, random_start=start,

@@ -42,7 +42,7 @@ def read_images(path):
     files = sorted(file for file in path.iterdir() if file.suffix.lower() in data.IMAGE_SUFFIXES)
     if not files:
         raise ValueError(f"{path} holds no images ({', '.join(data.IMAGE_SUFFIXES)})")
-    return np.stack(data.read_image_files(files))
+    return data.read_image_files(files)
 
 
 def main(argv=None):

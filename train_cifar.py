@@ -146,8 +146,7 @@ def new_or_resumed(typed):
         if key not in FREE_ON_RESUME and value != of_the_run:
             flag = "--" + key.replace("_", "-")
             raise ValueError(f"--resume: {flag} {value} would alter the run in {out_dir}, which has {of_the_run}")
-    before_rst = {"recipe": "mart", "aux_data": None, "aux_fraction": 0.5}  # for runs of older versions
-    return argparse.Namespace(**before_rst | state["args"] | typed | {"out_dir": out_dir}), state
+    return argparse.Namespace(**state["args"] | typed | {"out_dir": out_dir}), state
 
 
 def learning_rate(args, epoch, progress):

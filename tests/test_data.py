@@ -131,7 +131,8 @@ def break_empty(folder):
 
 @pytest.mark.parametrize("damage, message", [
     (break_image, "1.png cannot be read"), (break_sizes, "1.png is not 8x8"), (break_classes, "differ"),
-    (break_empty_class, "holds no images"), (break_no_test, "not a folder"), (break_empty, "no class folders"),
+    (break_empty_class, "no valid file for the classes cat"), (break_no_test, "No such file.*test"),
+    (break_empty, "find any class folder"),
 ])
 def test_damaged_folders_are_refused_by_name(folder, damage, message):
     damage(folder)
