@@ -35,7 +35,8 @@ def start_per_image(kind, like, epsilon, indices, seed=0, restart=0):
         return torch.zeros_like(like)
     starts, one = [], torch.empty_like(like[:1], device="cpu")
     for index in indices.tolist():
-        # seeds of one evaluation differ in the low bits only, which torch's Mersenne twister spreads well enough
+        # seeds of one evaluation differ in the low bits only, which torch's Mersenne twister spreads well enough; of
+        # higher ones it takes 32 in all, so that seeds 2**22 apart draw alike
         generator = torch.Generator().manual_seed((seed * 1000 + restart) * 10_000_000 + index)
         starts.append(start_perturbation(kind, one, epsilon, generator))
     return torch.zeros_like(like) + torch.cat(starts).to(like.device)

@@ -215,7 +215,7 @@ def verdict(checks):
 
 def judged(bench, oracle, name, x_adv, epsilon):
     """The row of one attack: what the source model and the oracle make of x_adv, and how far it is from x. Over all
-    images, but for oracle_agrees_where_source_fails."""
+    images, but for oracle_agrees_where_source_fails. And where the oracle is right, (n,) bool."""
     delta = (x_adv - bench.x).flatten(1)
     seen = bench.logits(x_adv, oracle)
     true = seen.softmax(1).gather(1, bench.test.labels[:, None])[:, 0]
@@ -224,7 +224,7 @@ def judged(bench, oracle, name, x_adv, epsilon):
             "oracle_agrees_where_source_fails": share(agrees[fooled]) if fooled.any() else None,
             "oracle_p_true": true.mean().item(),
             "l_inf": delta.abs().amax(1).mean().item(), "l2": delta.norm(dim=1).mean().item(),
-            "at_edge": share(delta.abs() >= epsilon - 1e-6)}
+            "at_edge": share(delta.abs() >= epsilon - 1e-6)}, agrees
 
 
 def matched_radius(bench, accuracy, halvings=8):
@@ -242,29 +242,36 @@ def matched_radius(bench, accuracy, halvings=8):
 
 def semantics(bench, oracle, progress):
     """A row for the natural images, PGD-CE, PGD-KL and each α of PGD-LS, each weaker attack followed by PGD-CE at the
-    smaller radius that has the same success on the source model: a weaker attack preserves more, trivially."""
+    smaller radius that has the same success on the source model: a weaker attack preserves more, trivially. What it
+    preserves beyond that is oracle_over_equal_ce, a paired difference."""
     epsilon = float(Fraction(bench.args.epsilon))
-    rows = [judged(bench, oracle, "Natural", bench.x, epsilon)]
+    rows = [judged(bench, oracle, "Natural", bench.x, epsilon)[0]]
     todo = [("PGD-CE", "ce", {}), ("PGD-KL", "kl", {})]
     todo += [(f"PGD-LS {alpha:g}", "lsce", {"alpha": alpha}) for alpha in bench.args.alphas]
     for name, objective, params in todo:
-        rows.append(judged(bench, oracle, name, bench.attacked(objective, **params), epsilon))
+        row, agrees = judged(bench, oracle, name, bench.attacked(objective, **params), epsilon)
+        rows.append(row)
         if objective != "ce":
-            radius, found = matched_radius(bench, rows[-1]["source_accuracy"])
+            radius, found = matched_radius(bench, row["source_accuracy"])
             name = f"  PGD-CE {'as strong as' if found else 'at ε, weaker than'} {name}"
-            rows.append(judged(bench, oracle, name, bench.attacked("ce", str(radius)), float(radius)))
+            equal, agrees_equal = judged(bench, oracle, name, bench.attacked("ce", str(radius)), float(radius))
+            row["oracle_over_equal_ce"] = compare.paired_difference(agrees_equal, agrees)
+            rows.append(equal)
         progress()
     return rows
 
 
 def semantics_table(rows):
     lines = [f"{'attack':<36}{'ε':>7}{'source right':>14}{'oracle right':>14}{'where source fails':>20}"
-             f"{'oracle p_y':>12}{'L-inf':>8}{'L2':>7}{'at edge':>9}"]
+             f"{'oracle p_y':>12}{'L-inf':>8}{'L2':>7}{'at edge':>9}   oracle right over equal PGD-CE, points"]
     for row in rows:
         fooled = row["oracle_agrees_where_source_fails"]
         lines.append(f"{row['name']:<36}{row['epsilon']:>7.4f}{row['source_accuracy']:>14.1%}"
                      f"{row['oracle_agrees']:>14.1%}{'' if fooled is None else format(fooled, '.1%'):>20}"
                      f"{row['oracle_p_true']:>12.3f}{row['l_inf']:>8.4f}{row['l2']:>7.3f}{row['at_edge']:>9.1%}")
+        if over := row.get("oracle_over_equal_ce"):
+            low, high = over["interval"]
+            lines[-1] += f"   {100 * over['difference']:+.1f} ({100 * low:+.1f} to {100 * high:+.1f})"
     return "\n".join(lines)
 
 

@@ -43,6 +43,7 @@ def parse_args(argv=None):
     args = parser.parse_args(argv)
     try:
         models.parse_arch(args.arch)
+        cli.check_output("--json", args.json)
         args.torch_device = cli.pick_device(args.device)
     except ValueError as error:
         parser.error(error)
@@ -195,11 +196,11 @@ def matrix_product_rate(device, dtype, size=2048):
 
 def sides_of(args):
     """{name: (constructor of the functions, dtype of its arithmetic)}"""
-    precision, _ = cli.pick_precision(args.precision, args.torch_device)
+    args.precision, _ = cli.pick_precision(args.precision, args.torch_device)  # decided once
     compiled = args.compile != "off"
     sides = {"textbook": (lambda: textbook(args), torch.float32)}
     for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
-        if name == "fp32" or precision == "bf16":
+        if name == "fp32" or args.precision == "bf16":
             sides[f"ours, {name}"] = (lambda name=name: ours(args, name, compiled), dtype)
     return sides
 

@@ -24,7 +24,7 @@ _PREFIX = re.compile(r"^(module\.|model\.|_orig_mod\.)+")
 def write_atomically(path, write):
     """Write a file so that the old one or the new one is there, whole, at any moment. write: bytes, or a function of
     the open file. Raises OSError; the old file is then untouched."""
-    path = pathlib.Path(path)
+    path = pathlib.Path(path).resolve()  # what a link leads to, and not the link, is replaced
     temporary = path.with_name(f".{path.name}.tmp")
     try:
         with open(temporary, "wb") as file:
@@ -38,8 +38,15 @@ def write_atomically(path, write):
 
 
 def save(state, path):
-    """torch.save, atomically."""
-    write_atomically(path, lambda file: torch.save(state, file))
+    """torch.save, atomically; raises OSError."""
+    def write(file):
+        try:
+            torch.save(state, file)
+        except RuntimeError as error:  # what torch makes of a full disk
+            cause = error.__context__
+            raise cause if isinstance(cause, OSError) else OSError(str(error).splitlines()[0]) from None
+
+    write_atomically(path, write)
 
 
 def load(path, device="cpu"):

@@ -45,22 +45,15 @@ def _checked(convert, accept, wanted):
     return parse
 
 
-# below 2**30, so that torch's 64 bits hold whatever is made of them
+# below 2**30, so that 64 bits hold whatever is made of them
 positive_int = _checked(int, lambda v: 0 < v < 2**30, "an integer above 0 (and below 2^30)")
 natural_int = _checked(int, lambda v: 0 <= v < 2**30, "an integer of 0 or more (and below 2^30)")
-positive_float = _checked(float, lambda v: 0 < v < float("inf"), "a number above 0")
-natural_float = _checked(float, lambda v: 0 <= v < float("inf"), "a number of 0 or more")
+positive_float = _checked(float, lambda v: 0 < v < float("inf"), "a finite number above 0")
+natural_float = _checked(float, lambda v: 0 <= v < float("inf"), "a finite number of 0 or more")
 fraction_below_one = _checked(float, lambda v: 0 <= v < 1, "a number of 0 or more and below 1")
 unit_float = _checked(float, lambda v: 0 <= v <= 1, "a number in [0, 1]")
-
-
-def three_numbers(text):
-    """"0.49,0.48,0.45" -> (0.49, 0.48, 0.45)"""
-    def convert(text):
-        return tuple(float(part) for part in text.split(","))
-
-    accept = _checked(convert, lambda v: len(v) == 3 and all(map(math.isfinite, v)), "three numbers, as in 0.5,0.5,0.5")
-    return accept(text)
+three_numbers = _checked(lambda text: tuple(map(float, text.split(","))),
+                         lambda v: len(v) == 3 and all(map(math.isfinite, v)), "three numbers, as in 0.5,0.5,0.5")
 
 
 def ratio(text):
@@ -76,7 +69,7 @@ def check_output(flag, path):
     path = pathlib.Path(path)
     if not path.resolve().parent.is_dir():
         raise ValueError(f"{flag} {path}: its folder does not exist")
-    if path.is_dir() or not path.name or not os.access(path.resolve().parent, os.W_OK):
+    if (path.exists() and not path.is_file()) or not path.name or not os.access(path.resolve().parent, os.W_OK):
         raise ValueError(f"{flag} {path}: cannot be written there")
 
 
@@ -132,7 +125,8 @@ def pick_precision(name, device):
     if name != "auto":
         return name, "as asked"
     if device.type == "cuda":
-        return ("bf16", "the GPU has bf16 units") if torch.cuda.is_bf16_supported() else ("fp32", "no bf16 units")
+        units = torch.cuda.is_bf16_supported(including_emulation=False)
+        return ("bf16", "the GPU has bf16 units") if units else ("fp32", "the GPU has no bf16 units")
     a = torch.randn(1024, 1024)
     b = a.bfloat16()
     ratio = seconds(lambda: a @ a, device) / seconds(lambda: b @ b, device)
@@ -188,6 +182,8 @@ def pick_forward(args, model, x, passes):
     args.compile, why_compile = agreed(pick_compile(args.compile, model, eager, x, passes))
     if args.compile == "on":
         forward, why_compile = compiled_pass(model, eager, x)
+        if any_process(forward is eager)[0]:
+            forward, args.compile = eager, "off"
     if rank_and_world()[0] == 0:
         print(f"precision {args.precision}: {why}\ncompile {args.compile}: {why_compile}")
     return eager, forward

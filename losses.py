@@ -47,7 +47,8 @@ def cross_entropy(logits, y):
 def kl_divergence(logits, p_ref):
     """KL(p_ref || softmax(logits)), (B,): what TRADES' attack maximises. p_ref is a constant of the attack, so it
     gets no gradient; it may hold zeros."""
-    return F.kl_div(_log_softmax(logits), p_ref.detach().to(_log_softmax(logits).dtype), reduction="none").sum(1)
+    log_p = _log_softmax(logits)
+    return F.kl_div(log_p, p_ref.detach().to(log_p.dtype), reduction="none").sum(1)
 
 
 def margin(logits, y):

@@ -6,6 +6,7 @@ import fcntl
 import io
 import os
 import pathlib
+import shutil
 import signal
 
 import torch
@@ -23,6 +24,8 @@ def run_lock(out_dir):
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise ValueError(f"--out-dir {out_dir}: another process is training there") from None
+        except OSError as error:  # some network file systems
+            print(f"{out_dir} cannot be locked ({error}): do not start a second process there")
         yield
 
 
@@ -52,8 +55,12 @@ def save_run(state, out_dir):
         # a hard link and not a rename: last.pt is there at any moment
         link = last.with_name(".last.prev.tmp")
         link.unlink(missing_ok=True)
-        os.link(last, link)
+        try:
+            os.link(last, link)
+        except OSError:  # exFAT, mounted drives
+            shutil.copyfile(last, link)
         os.replace(link, last.with_name("last.prev.pt"))
+        link.unlink(missing_ok=True)  # it stays where both names were one file already, after a failed save
     checkpoints.save(state, last)
 
 
@@ -69,6 +76,9 @@ def load_run(out_dir):
         print(f"{error}; going on from the checkpoint before it, last.prev.pt")
     if not isinstance(state, dict) or state.get("format") != checkpoints.FORMAT:
         raise ValueError(f"--resume: {out_dir}/last.pt is not a checkpoint of train_cifar.py")
+    needed = ("args", "state_dict", "optimizer", "step", "rows", "best", "sums", "on")
+    if missing := [key for key in needed if state.get(key) is None]:
+        raise ValueError(f"--resume: {out_dir}/last.pt holds no {missing[0]}: a best.pt, or of an older version")
     return state
 
 
@@ -109,20 +119,22 @@ def write_log(out_dir, rows):
 
 
 @torch.no_grad()
-def tally(model, plain, x, x_adv, y, loss, logits_nat, logits_adv, alpha):
-    """What the log adds up, of one batch: (6,) the loss; the natural and the robust training accuracy; and, if alpha is
-    not None, how many of the examples have p_y(x) > 1 - α, where ascending LSCE raises the true logit, how many the
-    attack made easier, p_y(x_adv) > p_y(x), and of how many."""
-    counts = loss.new_zeros(6)
-    counts[0] = loss
-    for k, logits in enumerate((logits_nat, logits_adv), start=1):
-        if logits is not None:
-            counts[k] = (logits.argmax(1) == y).float().mean()
-    if alpha is not None:
-        with models.frozen(model):
-            before, after = (plain(batch).float().softmax(1).gather(1, y[:, None])[:, 0] for batch in (x, x_adv))
-        counts[3:] = torch.stack([before > 1 - alpha, after > before, torch.ones_like(y, dtype=torch.bool)]).sum(1)
-    return counts
+def shares(model, plain, x, x_adv, y, alpha):
+    """For the log, of one batch: (3,) how many of the examples have p_y(x) > 1 - α, where ascending LSCE raises the
+    true logit, how many the attack made easier, p_y(x_adv) > p_y(x), and of how many; zeros if alpha is None."""
+    if alpha is None:
+        return x.new_zeros(3)
+    with models.frozen(model):
+        before, after = (plain(batch).float().softmax(1).gather(1, y[:, None])[:, 0] for batch in (x, x_adv))
+    return torch.stack([before > 1 - alpha, after > before, torch.ones_like(y, dtype=torch.bool)]).sum(1).float()
+
+
+@torch.no_grad()
+def tally(loss, logits_nat, logits_adv, y):
+    """More of it: (3,) the loss; the natural and the robust training accuracy, 0 without logits."""
+    right = [0 * loss if logits is None else (logits.argmax(1) == y).float().mean()
+             for logits in (logits_nat, logits_adv)]
+    return torch.stack([loss, *right])
 
 
 def epoch_row(args, epoch, lr, sums, steps):

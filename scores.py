@@ -81,7 +81,9 @@ def table(result):
     """The result as text, for the screen."""
     model = result["model"]
     spat = "" if model["spat_alpha"] is None else f" + SPAT (α {model['spat_alpha']:g})"
-    trained = f", {model['defense']}{spat}, {model['epochs']} epochs, seed {model['seed']}" if model["defense"] else ""
+    of = model.get("args", {}).get("epochs", model["epochs"])
+    epochs = f"{of} epochs" if model["epochs"] == of else f"epoch {model['epochs']} of {of}"
+    trained = f", {model['defense']}{spat}, {epochs}, seed {model['seed']}" if model["defense"] else ""
     epsilon = result["epsilon"]
     exact = [row["name"] for row in result["attacks"] if "after" in row or "precision" in row["params"]]
     lines = [f"{model['path']}: {model['arch']} on {model['dataset']}{trained}",

@@ -78,7 +78,7 @@ def parse_args(argv=None):
     add("--lr", type=cli.positive_float, help="highest learning rate (default: 0.1; digits: 0.2)")
     add("--lr-schedule", choices=("step", "cosine", "onecycle"), help="(default: step; rst: cosine; digits: onecycle)")
     add("--lr-milestones", type=cli.positive_int, nargs=2, metavar="EPOCH",
-        help="step: the first epochs, counted from 1, at lr x0.1 and x0.01 (default: 75/90 and 90/90 of --epochs)")
+        help="step: the first epochs, from 1, at lr x0.1 and x0.01 (default: 75/90 and 90/90 of --epochs, even of 1)")
     add("--momentum", type=cli.unit_float, help="(default: 0.9)")
     add("--nesterov", action=argparse.BooleanOptionalAction, help="Nesterov's momentum (default: off; rst: on)")
     add("--weight-decay", type=cli.natural_float, help="(default: 7e-4; cifar100 madry, trades 2e-4; rst, digits 5e-4)")
@@ -119,10 +119,8 @@ def with_defaults(typed):
     ):
         if wrong:
             raise ValueError(why)
-    if "lr_milestones" not in typed:
-        args.lr_milestones = [math.ceil(args.epochs * 75 / 90), args.epochs]
-    if not hasattr(args, "step_size"):
-        args.step_size = str(Fraction(args.epsilon) / 4)
+    args.lr_milestones = typed.get("lr_milestones", [math.ceil(args.epochs * 75 / 90), args.epochs])
+    args.step_size = getattr(args, "step_size", str(Fraction(args.epsilon) / 4))
     if "out_dir" not in typed:
         spat = "" if args.spat_alpha is None else f"-spat{args.spat_alpha:g}"
         name = pathlib.Path(args.dataset).resolve().name if args.dataset not in data.NAMED else args.dataset
@@ -142,11 +140,11 @@ def new_or_resumed(typed):
     state = rundir.load_run(out_dir)
     typed = {k: v for k, v in typed.items() if v != "auto" or k not in ("precision", "compile")}  # decided once
     for key, value in typed.items():
-        of_the_run = state["args"].get(key)
-        if key not in FREE_ON_RESUME and value != of_the_run:
-            flag = "--" + key.replace("_", "-")
-            raise ValueError(f"--resume: {flag} {value} would alter the run in {out_dir}, which has {of_the_run}")
-    return argparse.Namespace(**state["args"] | typed | {"out_dir": out_dir}), state
+        of_run = state["args"].get(key)
+        if key not in FREE_ON_RESUME and value != of_run:
+            raise ValueError(f"--resume: --{key.replace('_', '-')} {value} would alter {out_dir}, which has {of_run}")
+    older = DEFAULTS[0][-1] | DEFAULTS[1][-1]  # for what a run of an older version does not have
+    return argparse.Namespace(**older | state["args"] | typed | {"out_dir": out_dir}), state
 
 
 def learning_rate(args, epoch, progress):
@@ -249,11 +247,12 @@ def train(args, state, train_set, val_set, device, stop=()):
 
     if rank == 0:
         checkpoints.write_atomically(out_dir / "args.json", json.dumps(vars(args), indent=2).encode())
+        if state is None:  # so that from its first step on the run can be resumed
+            rundir.save_run(checkpoint(0), out_dir)
     read_every = 50 if device.type == "cuda" else 1  # reading a number off a GPU waits for it
     bar = tqdm(total=total_steps * args.batch_size, initial=first_step * args.batch_size, unit="img", unit_scale=True,
                dynamic_ncols=True, mininterval=1.0, disable=rank > 0)
-    saved = epoch_start = time.perf_counter()
-    epoch_first_step = first_step
+    saved, epoch_start, epoch_first_step = time.perf_counter(), time.perf_counter(), first_step
 
     for step in range(first_step, total_steps):
         epoch, i = divmod(step, steps_per_epoch)
@@ -268,11 +267,12 @@ def train(args, state, train_set, val_set, device, stop=()):
         x, y, start = x[mine], y[mine], start[mine]
 
         x_adv = inner_maximisation(model, plain, forward, x, y, start, args) if adversarial else None
+        alpha = (args.spat_alpha or 0.0) if adversarial and i % SHARES_EVERY == 0 else None
+        shares = rundir.shares(model, plain, x, x_adv, y, alpha)  # before the step, of the model that was attacked
         loss, logits_nat, logits_adv = outer_minimisation(both, optimizer, x, x_adv, y, args)
         cli.broadcast_buffers(model)
 
-        alpha = (args.spat_alpha or 0.0) if adversarial and i % SHARES_EVERY == 0 else None
-        counts = rundir.tally(model, plain, x, x_adv, y, loss, logits_nat, logits_adv, alpha)
+        counts = torch.cat([rundir.tally(loss, logits_nat, logits_adv, y), shares])
         sums += cli.sum_over_processes(counts) / world
         bar.update(args.batch_size)
         last_of_epoch, stop_now, save_now = i == steps_per_epoch - 1, False, False
@@ -336,7 +336,7 @@ def main(argv=None):
         try:
             complete = train(args, state, train_set.to(device), val_set.to(device), device, stop)
         except (FloatingPointError, OSError) as error:
-            sys.exit(f"{parser.prog}: {error}; the last good checkpoint, if there is one, is {out_dir / 'last.pt'}")
+            sys.exit(f"{parser.prog}: {error}; the last checkpoints are {out_dir / 'last.pt'} and last.prev.pt there")
         if rank == 0 and complete:
             print(f"python eval_attacks.py --model-path {out_dir / ('best.pt' if args.val_size else 'last.pt')}")
         elif rank == 0:

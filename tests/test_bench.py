@@ -72,9 +72,11 @@ def test_the_table_and_the_json(tmp_path, capsys):
     assert all(memory > 2**20 for memory in result["peak_memory_bytes"].values())
 
 
-@pytest.mark.parametrize("argv", [["--arch", "vgg"], ["--repeats", "0"], ["--defense", "standard"]])
-def test_bad_input(argv, capsys):
-    fails_in_one_line(bench.main, argv, capsys)
+@pytest.mark.parametrize("argv, message", [
+    (["--arch", "vgg"], "unknown architecture"), (["--repeats", "0"], "not an integer above 0"),
+    (["--defense", "standard"], "invalid choice"), (["--json", "no/such.json"], "folder does not exist")])
+def test_bad_input(argv, message, capsys):
+    assert message in fails_in_one_line(bench.main, argv, capsys)
 
 
 def test_a_failing_compiler_is_named(monkeypatch, capsys):

@@ -122,12 +122,33 @@ def test_a_failed_save_leaves_the_old_file(tmp_path, monkeypatch):
 
 
 def test_a_run_keeps_the_checkpoint_before_the_last(tmp_path, capsys):
+    rest = dict.fromkeys(("args", "state_dict", "optimizer", "rows", "best", "sums", "on"), 0)
     for step in (1, 2):
-        rundir.save_run({"format": checkpoints.FORMAT, "step": step}, tmp_path)
+        rundir.save_run({"format": checkpoints.FORMAT, "step": step} | rest, tmp_path)
     assert rundir.load_run(tmp_path)["step"] == 2
     (tmp_path / "last.pt").write_bytes(b"cut")
     assert rundir.load_run(tmp_path)["step"] == 1
     assert "going on from the checkpoint before it" in capsys.readouterr().out
+
+
+def test_a_file_system_without_hard_links_or_locks(tmp_path, monkeypatch, capsys):
+    def refuse(*args):
+        raise OSError(95, "Operation not supported")
+
+    monkeypatch.setattr(rundir.os, "link", refuse)
+    monkeypatch.setattr(rundir.fcntl, "flock", refuse)
+    with rundir.run_lock(tmp_path):
+        for step in (1, 2):
+            rundir.save_run({"step": step}, tmp_path)
+    assert "cannot be locked" in capsys.readouterr().out
+    assert [checkpoints.load(tmp_path / name)["step"] for name in ("last.prev.pt", "last.pt")] == [1, 2]
+    assert sorted(file.name for file in tmp_path.iterdir()) == [".lock", "last.prev.pt", "last.pt"]
+
+
+def test_what_a_link_leads_to_is_written_and_the_link_stays(tmp_path):
+    (tmp_path / "link.json").symlink_to("real.json")
+    checkpoints.write_atomically(tmp_path / "link.json", b"1")
+    assert (tmp_path / "link.json").is_symlink() and (tmp_path / "real.json").read_bytes() == b"1"
 
 
 def test_no_flipped_or_missing_byte_goes_unseen(tmp_path):

@@ -1,5 +1,7 @@
 """What the flags --precision, --compile and --device come to, and that nobody is left without a way to run."""
 
+import argparse
+
 import pytest
 import torch
 
@@ -31,7 +33,7 @@ def test_compile_auto_is_on_for_a_long_run_only_and_says_why():
     assert model.training and all(p.requires_grad for p in model.parameters())
 
 
-def test_a_compiler_that_fails_leaves_the_eager_model(monkeypatch):
+def test_a_compiler_that_fails_leaves_the_eager_model(monkeypatch, capsys):
     def broken(function, **settings):
         def call(x):
             raise RuntimeError("no compiler")
@@ -39,10 +41,19 @@ def test_a_compiler_that_fails_leaves_the_eager_model(monkeypatch):
 
     monkeypatch.setattr(torch, "compile", broken)
     model, x = models.build_model("wrn-10-1"), torch.rand(2, 3, 32, 32)
-    forward, why = cli.compiled_pass(model, cli.forward_pass(model), x)
-    assert "failed (RuntimeError)" in why
+    args = argparse.Namespace(precision="fp32", compile="on")
+    _, forward = cli.pick_forward(args, model, x, passes=1)
+    assert "failed (RuntimeError)" in capsys.readouterr().out
+    assert args.compile == "off"  # what the checkpoint and the JSON are to say
     with torch.no_grad(), models.frozen(model):
         assert torch.equal(forward(x), model(x))
+
+
+@pytest.mark.parametrize("path, message", [
+    ("/dev/null", "cannot be written"), (".", "cannot be written"), ("no/such.json", "folder does not exist")])
+def test_outputs_that_cannot_be_files(path, message):
+    with pytest.raises(ValueError, match=message):
+        cli.check_output("--json", path)
 
 
 @pytest.mark.parametrize("text", ["8/255", "0.031", "1", "1/3"])

@@ -112,6 +112,9 @@ def test_the_papers_row_stands_under_its_settings():
               "attacks": [scores.outcome("Natural", {}, torch.tensor([True] * 8 + [False] * 2), 1.0)]}
     assert "Natural 81.93  FGSM 61.87  PGD-20 59.59  CW-inf 51.57" in scores.table(result)
     assert " 80.00%   49.02 - 94.33 " in scores.table(result)
+    assert ", 90 epochs, seed 1" in scores.table(result)
+    best = {"args": {"epochs": 120}}
+    assert ", epoch 90 of 120, seed 1" in scores.table(result | {"model": result["model"] | best})
     for change in (dict(spat_alpha=0.2), dict(dataset="cifar100"), dict(defense="madry")):
         assert "paper" not in scores.table(result | {"model": result["model"] | change})
     assert "paper" not in scores.table(result | {"epsilon": "4/255"})
@@ -119,16 +122,19 @@ def test_the_papers_row_stands_under_its_settings():
 
 def test_bad_flags(model_path, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    for argv in (
-        [], ["--model-path", "m.pt", "--attacks", "pgd-ls"], ["--model-path", "m.pt", "--alphas", "0.1"],
-        ["--model-path", model_path, "--num-images", "401"], ["--model-path", model_path, "--num-images", "0"],
-        ["--model-path", model_path, "--epsilon", "8"], ["--model-path", model_path, "--attacks", "deepfool"],
-        ["--model-path", model_path, "--attacks", "pgd-kl", "--random-start", "none"],
-        ["--model-path", model_path, "--json", "no/such/folder.json"],
-        ["--model-path", model_path, "--arch", "wrn-16-2"], ["--model-path", model_path, "--seed=-1"],
-        ["--model-path", model_path, "--dataset", "nowhere"],
+    assert "required: --model-path" in fails_in_one_line(eval_attacks.main, [], capsys)
+    for argv, message in (
+        (["--attacks", "pgd-ls"], "pgd-ls and --alphas go together"), (["--alphas", "0.1"], "go together"),
+        (["--num-images", "401"], "has 400 test images"), (["--num-images", "0"], "'0' is not an integer"),
+        (["--epsilon", "8"], "'8' is not a fraction"), (["--attacks", "deepfool"], "invalid choice: 'deepfool'"),
+        (["--attacks", "pgd-kl", "--random-start", "none"], "pgd-kl would not move"),
+        (["--json", "no/such/folder.json"], "folder does not exist"), (["--arch", "wrn-16-2"], "not a wrn-16-2"),
+        (["--seed=-1"], "'-1' is not an integer"), (["--dataset", "nowhere"], "unknown data set 'nowhere'"),
+        (["--restarts", "2", "--random-start", "none"], "all are the same"),
+        (["--pool", "--epsilons", "0.1", "0.2"], "--pool: an image"), (["--save-images"], "goes with --save-examples"),
+        (["--epsilon", "0.1", "--epsilons", "0.1"], "exclude one another"),
     ):
-        fails_in_one_line(eval_attacks.main, argv, capsys)
+        assert message in fails_in_one_line(eval_attacks.main, ["--model-path", model_path, *argv], capsys)
     assert not list(tmp_path.iterdir())
 
 

@@ -3,6 +3,7 @@
 import csv
 import json
 import math
+import resource
 import signal
 
 import pytest
@@ -74,37 +75,38 @@ def test_onecycle_rises_to_the_peak_and_falls_to_zero():
     assert rates[650] == pytest.approx(0.05) and rates[1000] == pytest.approx(0, abs=1e-12)
 
 
-BAD = {
-    "no defense": [],
-    "unknown defense": ["--defense", "fat"],
-    "unknown data": ["--defense", "mart", "--dataset", "mnist"],
-    "bad arch": ["--defense", "mart", "--arch", "wrn-33-10"],
-    "alpha above 1": ["--defense", "mart", "--spat-alpha", "1.1"],
-    "alpha below 0": ["--defense", "mart", "--spat-alpha=-0.1"],
-    "alpha nan": ["--defense", "mart", "--spat-alpha", "nan"],
-    "alpha for standard": ["--defense", "standard", "--spat-alpha", "0.3"],
-    "beta for madry": ["--defense", "madry", "--beta", "6"],
-    "kl without start": ["--defense", "trades", "--random-start", "none"],
-    "epsilon in pixels": ["--defense", "mart", "--epsilon", "8"],
-    "epsilon negative": ["--defense", "mart", "--epsilon=-1"],
-    "epsilon zero": ["--defense", "mart", "--epsilon", "0"],
-    "epsilon by zero": ["--defense", "mart", "--epsilon", "8/0"],
-    "epsilon a word": ["--defense", "mart", "--epsilon", "big"],
-    "no steps": ["--defense", "mart", "--num-steps", "0"],
-    "half a step": ["--defense", "mart", "--num-steps", "2.5"],
-    "no epochs": ["--defense", "mart", "--epochs", "0"],
-    "milestones swapped": ["--defense", "mart", "--lr-milestones", "90", "75"],
-    "milestones of cosine": ["--defense", "mart", "--lr-schedule", "cosine", "--lr-milestones", "75", "90"],
-    "lr infinite": ["--defense", "mart", "--lr", "inf"],
-    "nesterov alone": ["--defense", "mart", "--nesterov", "--momentum", "0"],
-    "abbreviation": ["--defense", "mart", "--epoch", "3"],
-    "no run to resume": ["--defense", "mart", "--resume"],
-    "no folder to resume": ["--resume", "--out-dir", "nowhere"],
-    "too many held out": ["--defense", "mart", "--dataset", "digits", "--val-size", "1397"],
-    "limit above the set": ["--defense", "mart", "--dataset", "digits", "--limit-train", "5000"],
-    "no cifar": ["--defense", "mart", "--data-dir", "cut"],
-    "out-dir in a file": ["--defense", "mart", "--dataset", "digits",
-                          "--out-dir", "cut/cifar-10-batches-py/test_batch/a"]
+BAD = {  # name: (arguments, what the one line says)
+    "no defense": ([], "--defense is required"),
+    "unknown defense": (["--defense", "fat"], "invalid choice: 'fat'"),
+    "unknown data": (["--defense", "mart", "--dataset", "mnist"], "unknown data set 'mnist'"),
+    "bad arch": (["--defense", "mart", "--arch", "wrn-33-10"], "unknown architecture"),
+    "alpha above 1": (["--defense", "mart", "--spat-alpha", "1.1"], "'1.1' is not a number in [0, 1]"),
+    "alpha below 0": (["--defense", "mart", "--spat-alpha=-0.1"], "'-0.1' is not a number in [0, 1]"),
+    "alpha nan": (["--defense", "mart", "--spat-alpha", "nan"], "'nan' is not a number in [0, 1]"),
+    "alpha for standard": (["--defense", "standard", "--spat-alpha", "0.3"], "standard training has no attack"),
+    "beta for madry": (["--defense", "madry", "--beta", "6"], "madry has no KL term"),
+    "kl without start": (["--defense", "trades", "--random-start", "none"], "the attack would not move"),
+    "epsilon in pixels": (["--defense", "mart", "--epsilon", "8"], "'8' is not a fraction"),
+    "epsilon negative": (["--defense", "mart", "--epsilon=-1"], "'-1' is not a fraction"),
+    "epsilon zero": (["--defense", "mart", "--epsilon", "0"], "'0' is not a fraction"),
+    "epsilon by zero": (["--defense", "mart", "--epsilon", "8/0"], "'8/0' is not a fraction"),
+    "epsilon a word": (["--defense", "mart", "--epsilon", "big"], "'big' is not a fraction"),
+    "no steps": (["--defense", "mart", "--num-steps", "0"], "'0' is not an integer above 0"),
+    "half a step": (["--defense", "mart", "--num-steps", "2.5"], "'2.5' is not an integer above 0"),
+    "no epochs": (["--defense", "mart", "--epochs", "0"], "'0' is not an integer above 0"),
+    "milestones swapped": (["--defense", "mart", "--lr-milestones", "90", "75"], "90 75 are out of order"),
+    "milestones of cosine": (["--defense", "mart", "--lr-schedule", "cosine", "--lr-milestones", "75", "90"],
+                             "--lr-schedule cosine has none"),
+    "lr infinite": (["--defense", "mart", "--lr", "inf"], "'inf' is not a finite number above 0"),
+    "nesterov alone": (["--defense", "mart", "--nesterov", "--momentum", "0"], "--nesterov needs a --momentum"),
+    "abbreviation": (["--defense", "mart", "--epoch", "3"], "unrecognized arguments: --epoch 3"),
+    "no run to resume": (["--defense", "mart", "--resume"], "wrn-34-10-mart-s1 holds no run"),
+    "no folder to resume": (["--resume", "--out-dir", "nowhere"], "nowhere holds no run"),
+    "too many held out": (["--defense", "mart", "--dataset", "digits", "--val-size", "1397"], "to hold out 1397"),
+    "limit above the set": (["--defense", "mart", "--dataset", "digits", "--limit-train", "5000"], "train on 5000"),
+    "no cifar": (["--defense", "mart", "--data-dir", "cut"], "is incomplete or damaged"),
+    "out-dir in a file": (["--defense", "mart", "--dataset", "digits",
+                           "--out-dir", "cut/cifar-10-batches-py/test_batch/a"], "Not a directory"),
 }
 
 
@@ -113,7 +115,8 @@ def test_bad_input_is_one_line_and_writes_nothing(name, tmp_path, capsys, monkey
     monkeypatch.chdir(tmp_path)
     (tmp_path / "cut/cifar-10-batches-py").mkdir(parents=True)
     (tmp_path / "cut/cifar-10-batches-py/test_batch").write_bytes(b"cut")
-    fails_in_one_line(train_cifar.main, BAD[name], capsys)
+    argv, message = BAD[name]
+    assert message in fails_in_one_line(train_cifar.main, argv, capsys)
     assert sorted(str(f.relative_to(tmp_path)) for f in tmp_path.rglob("*")) == [
         "cut", "cut/cifar-10-batches-py", "cut/cifar-10-batches-py/test_batch"]
 
@@ -281,24 +284,60 @@ def test_a_signal_finishes_the_step_saves_and_says_how_to_go_on(tmp_path, monkey
 
 
 def test_a_full_disk_keeps_the_last_checkpoint_and_says_so(tmp_path, monkeypatch):
+    """The kernel refuses what goes beyond a limit in the middle of the fourth save, as a full disk does."""
     argv = ["--defense", "madry", *TINY, "--save-minutes", "0", "--out-dir", str(tmp_path)]
-    real, saves = torch.save, []
+    real, saves, before = torch.save, [], resource.getrlimit(resource.RLIMIT_FSIZE)
 
     def full(state, file):
         saves.append(1)
-        if len(saves) == 3:
-            file.write(b"half a checkpoint")
-            raise OSError(28, "No space left on device")
+        if len(saves) == 4:  # the one at the start, and one after each step
+            resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, before[1]))
         real(state, file)
 
     monkeypatch.setattr(torch, "save", full)
-    with pytest.raises(SystemExit) as exit_info:
-        train_cifar.main(argv)
-    assert "No space left" in exit_info.value.code and "last.pt" in exit_info.value.code
+    try:
+        with pytest.raises(SystemExit) as exit_info:
+            train_cifar.main(argv)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert "File too large" in exit_info.value.code and "last.pt" in exit_info.value.code
     assert checkpoints.load(tmp_path / "last.pt")["step"] == 2
     monkeypatch.setattr(torch, "save", real)
     train_cifar.main(["--resume", "--out-dir", str(tmp_path)])
     assert checkpoints.load(tmp_path / "last.pt")["epoch"] == 2
+    assert not list(tmp_path.glob(".*.tmp"))
+
+
+def test_a_run_that_dies_at_its_first_epochs_end_can_be_resumed(tmp_path, monkeypatch):
+    """best.pt and the log are written before last.pt: what dies between them must not be left without one."""
+    argv = ["--defense", "madry", *TINY]
+    train_cifar.main([*argv, "--out-dir", str(tmp_path / "whole")])
+
+    def die(*args):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(rundir, "write_log", die)
+        train_cifar.main([*argv, "--out-dir", str(tmp_path / "cut")])
+    assert (tmp_path / "cut/best.pt").exists()
+    train_cifar.main(["--resume", "--out-dir", str(tmp_path / "cut")])
+    for name in ("last.pt", "best.pt"):
+        whole, cut = (checkpoints.load(tmp_path / run / name)["state_dict"] for run in ("whole", "cut"))
+        assert all(torch.equal(whole[key], cut[key]) for key in whole), name
+
+
+def test_what_cannot_be_resumed_is_said_and_older_arguments_are_filled_in(tmp_path, capsys):
+    train_cifar.main(["--defense", "madry", *TINY, "--epochs", "1", "--out-dir", str(tmp_path)])
+    state = checkpoints.load(tmp_path / "last.pt")
+    capsys.readouterr()
+    for key in ("optimizer", "on"):
+        checkpoints.save(state | {key: None}, tmp_path / "last.pt")
+        line = fails_in_one_line(train_cifar.main, ["--resume", "--out-dir", tmp_path], capsys)
+        assert f"holds no {key}" in line
+    for key in ("recipe", "aux_data", "aux_fraction"):  # as before there was --aux-data
+        del state["args"][key]
+    checkpoints.save(state, tmp_path / "last.pt")
+    train_cifar.main(["--resume", "--out-dir", str(tmp_path)])
 
 
 @pytest.mark.parametrize("damage", ["cut", "flipped", "removed"])
@@ -347,12 +386,25 @@ def test_the_tally_counts_per_example():
             return torch.stack([p.log(), (1 - p).log()], 1)
 
     model, loss = Model(), torch.tensor(1.5)
-    batch = (p_nat, p_adv, y, loss, model(p_nat), model(p_adv))
-    assert rundir.tally(model, model, *batch, alpha=0.3).tolist() == [1.5, 0.75, 0.5, 2, 1, 4]
-    assert rundir.tally(model, model, *batch, alpha=0.0).tolist() == [1.5, 0.75, 0.5, 0, 1, 4]
-    assert rundir.tally(model, model, *batch, alpha=None).tolist() == [1.5, 0.75, 0.5, 0, 0, 0]
-    without = (p_nat, None, y, loss, model(p_nat), None)
-    assert rundir.tally(model, model, *without, alpha=None).tolist() == [1.5, 0.75, 0, 0, 0, 0]
+    assert rundir.tally(loss, model(p_nat), model(p_adv), y).tolist() == [1.5, 0.75, 0.5]
+    assert rundir.tally(loss, model(p_nat), None, y).tolist() == [1.5, 0.75, 0]
+    assert rundir.shares(model, model, p_nat, p_adv, y, alpha=0.3).tolist() == [2, 1, 4]
+    assert rundir.shares(model, model, p_nat, p_adv, y, alpha=0.0).tolist() == [0, 1, 4]
+    assert rundir.shares(model, model, p_nat, None, y, alpha=None).tolist() == [0, 0, 0]
+
+
+def test_the_shares_are_of_the_model_that_was_attacked(tmp_path, monkeypatch):
+    order = []
+
+    def note(module, name):
+        real = getattr(module, name)
+        monkeypatch.setattr(module, name, lambda *args: order.append(name) or real(*args))
+
+    note(train_cifar, "inner_maximisation")
+    note(rundir, "shares")
+    note(train_cifar, "outer_minimisation")
+    train_cifar.main(["--defense", "madry", *TINY, "--epochs", "1", "--out-dir", str(tmp_path)])
+    assert order == ["inner_maximisation", "shares", "outer_minimisation"] * 3
 
 
 @pytest.mark.slow
