@@ -30,7 +30,8 @@ import scores
 STEPS = (1, 5, 10, 20, 50, 100)
 RESTARTS = 5
 TOLERANCE = 0.01  # a share of images that may misbehave before a check speaks up
-WIDE_GAP = 0.10  # PGD-20 above AutoAttack; 5 to 7 points are usual for plain adversarial training of small nets
+RESTART_GAIN = 0.03
+WIDE_GAP = 0.10  # PGD-20 above APGD; 3.5 to 8.6 points were seen here without other signs of masking
 
 
 def parse_args(argv=None):
@@ -99,7 +100,7 @@ def share(mask):
     return mask.float().mean().item()
 
 
-def steps_of(names, masks):
+def shares_of(names, masks):
     return {str(name): share(mask) for name, mask in zip(names, masks, strict=True)}
 
 
@@ -126,7 +127,7 @@ def check_order(bench):
                             bench.x, epsilon)
     fgsm = bench.in_batches(lambda x, y, _: attacks.fgsm(bench.forward, x, y, epsilon=epsilon))
     masks = [*map(bench.right, (bench.x, noise, fgsm)), bench.stands()]
-    numbers = steps_of(("natural", "noise", "FGSM", "PGD-20"), masks)
+    numbers = shares_of(("natural", "noise", "FGSM", "PGD-20"), masks)
     return numbers, never_raised(masks[1:]), ", ".join(f"{name} {value:.1%}" for name, value in numbers.items())
 
 
@@ -136,14 +137,14 @@ def check_radius(bench):
     epsilons = [str(epsilon) for epsilon in epsilons]
     masks = [bench.stands(epsilon=epsilon, num_steps=40) for epsilon in epsilons]
     fine = share(masks[-1]) <= TOLERANCE and never_raised(masks)
-    return steps_of(epsilons, masks), fine, "accuracy under PGD-40 at " + ", ".join(
+    return shares_of(epsilons, masks), fine, "accuracy under PGD-40 at " + ", ".join(
         f"ε {float(Fraction(epsilon)):.3f} {share(mask):.1%}" for epsilon, mask in zip(epsilons, masks, strict=True))
 
 
 def check_steps(bench):
     """More steps must never raise the accuracy."""
     masks = [bench.stands(num_steps=steps) for steps in STEPS]
-    return steps_of(STEPS, masks), never_raised(masks), "accuracy under PGD with " + ", ".join(
+    return shares_of(STEPS, masks), never_raised(masks), "accuracy under PGD with " + ", ".join(
         f"{steps} steps {share(mask):.1%}" for steps, mask in zip(STEPS, masks, strict=True))
 
 
@@ -152,7 +153,7 @@ def check_restarts(bench):
     masks = [bench.stands(restart=restart) for restart in range(RESTARTS)]
     standing = [torch.stack(masks[: k + 1]).all(0) for k in range(RESTARTS)]
     drop = compare.paired_difference(standing[-1].numpy(), standing[0].numpy())
-    return steps_of(range(1, RESTARTS + 1), standing), drop["interval"][0] <= 0.03, (
+    return shares_of(range(1, RESTARTS + 1), standing), drop["interval"][0] <= RESTART_GAIN, (
         f"PGD-20 {share(standing[0]):.1%}, with {RESTARTS} restarts {share(standing[-1]):.1%}")
 
 
@@ -164,8 +165,7 @@ def check_square(bench):
         model, x, y, epsilon=epsilon, num_queries=bench.args.square_queries, seed=bench.args.seed))
     ce, cw = (bench.stands(objective, num_steps=100) for objective in ("ce", "cw"))
     square, pgd = bench.right(found), ce & cw
-    numbers = {"Square": share(square), "PGD-100": share(ce), "CW-100": share(cw), "both": share(pgd),
-               "broken by Square alone": share(pgd & ~square)}
+    numbers = {"Square": share(square), "PGD-100": share(ce), "CW-100": share(cw), "both": share(pgd)}
     return numbers, not raised(square, pgd), (
         f"Square with {bench.args.square_queries} queries {share(square):.1%}, PGD-100 {share(ce):.1%}, CW-100 "
         f"{share(cw):.1%}, both {share(pgd):.1%}; {share(pgd & ~square):.1%} fall to Square alone")
@@ -202,7 +202,7 @@ def verdict(checks):
     """What the checks mean for the reported accuracy, as lines."""
     flagged = [check for check in checks if not check["fine"]]
     lowest = min(value for check in checks if check["name"] in AT_EPSILON
-                 for name, value in check["numbers"].items() if name != "broken by Square alone")
+                 for value in check["numbers"].values())
     if not flagged:
         return [f"Nothing here points to gradient masking. The lowest accuracy found is {lowest:.1%}: an upper bound, "
                 "as every attack gives."]
@@ -218,11 +218,10 @@ def judged(bench, oracle, name, x_adv, epsilon):
     images, but for oracle_agrees_where_source_fails. And where the oracle is right, (n,) bool."""
     delta = (x_adv - bench.x).flatten(1)
     seen = bench.logits(x_adv, oracle)
-    true = seen.softmax(1).gather(1, bench.test.labels[:, None])[:, 0]
     agrees, fooled = (seen.argmax(1) == bench.test.labels).cpu(), ~bench.right(x_adv)
     return {"name": name, "epsilon": epsilon, "source_accuracy": 1 - share(fooled), "oracle_agrees": share(agrees),
             "oracle_agrees_where_source_fails": share(agrees[fooled]) if fooled.any() else None,
-            "oracle_p_true": true.mean().item(),
+            "oracle_p_true": losses.p_true(seen, bench.test.labels).mean().item(),
             "l_inf": delta.abs().amax(1).mean().item(), "l2": delta.norm(dim=1).mean().item(),
             "at_edge": share(delta.abs() >= epsilon - 1e-6)}, agrees
 

@@ -96,13 +96,8 @@ def infer_arch(state):
         return f"wrn-{depth}-{width}", state["fc.weight"].shape[0]
     if "linear.weight" in state and "layer1.0.conv1.weight" in state:
         blocks = tuple(_count(state, rf"layer{stage}\.(\d+)\.") for stage in (1, 2, 3, 4))
-        block = (
-            models.PreActBlock
-            if "bn.weight" in state
-            else models.Bottleneck
-            if "layer1.0.conv3.weight" in state
-            else models.BasicBlock
-        )
+        block = (models.PreActBlock if "bn.weight" in state else
+                 models.Bottleneck if "layer1.0.conv3.weight" in state else models.BasicBlock)
         for name, known in models.RESNETS.items():
             if known == (block, blocks):
                 return name, state["linear.weight"].shape[0]

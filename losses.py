@@ -22,6 +22,11 @@ def _max_other(values, y):
     return values.scatter(1, y[:, None], float("-inf")).max(dim=1).values
 
 
+def p_true(logits, y):
+    """p_y, (B,): the probability of the true class."""
+    return _true(_log_softmax(logits), y).exp()
+
+
 def lsce(logits, y, alpha):
     """Label-smoothed cross entropy, SPAT Eq. 8-9, (B,): 1-α on the true class, α/(K-1) on each other one.
 
@@ -93,5 +98,5 @@ def trades_loss(logits_adv, logits_nat, y, beta):
 
 def mart_loss(logits_adv, logits_nat, y, beta):
     """BCE(p(x_adv), y) + β·KL(p(x) || p(x_adv))·(1 - p_y(x)) (Wang et al. 2020, Eq. 12)."""
-    weight = 1 - _true(_log_softmax(logits_nat), y).exp()
+    weight = 1 - p_true(logits_nat, y)
     return boosted_cross_entropy(logits_adv, y).mean() + beta * (_kl(logits_nat, logits_adv) * weight).mean()

@@ -12,6 +12,7 @@ import signal
 import torch
 
 import checkpoints
+import losses
 import models
 
 
@@ -90,12 +91,10 @@ def write_log(out_dir, rows):
     writer.writerows({key: f"{v:.6g}" if isinstance(v, float) else v for key, v in row.items()} for row in rows)
     checkpoints.write_atomically(pathlib.Path(out_dir) / "log.csv", text.getvalue().encode())
 
-    import matplotlib  # here, so that loading a model does not wait for it
+    from matplotlib.figure import Figure  # here, so that loading a model does not wait for it
 
-    matplotlib.use("agg")
-    from matplotlib import pyplot as plt
-
-    figure, axes = plt.subplots(1, 2, figsize=(9, 3.2), layout="constrained")
+    figure = Figure(figsize=(9, 3.2), layout="constrained")
+    axes = figure.subplots(1, 2)
     epochs = [row["epoch"] for row in rows]
     for ax, unit, scale, names in (
         (axes[0], "accuracy (%)", 100, [f"{part}_{kind}_accuracy" for part in ("train", "val")
@@ -114,7 +113,6 @@ def write_log(out_dir, rows):
         ax.legend(fontsize=8)
     image = io.BytesIO()
     figure.savefig(image, dpi=100)
-    plt.close(figure)
     checkpoints.write_atomically(pathlib.Path(out_dir) / "curves.png", image.getvalue())
 
 
@@ -125,7 +123,7 @@ def shares(model, plain, x, x_adv, y, alpha):
     if alpha is None:
         return x.new_zeros(3)
     with models.frozen(model):
-        before, after = (plain(batch).float().softmax(1).gather(1, y[:, None])[:, 0] for batch in (x, x_adv))
+        before, after = (losses.p_true(plain(batch), y) for batch in (x, x_adv))
     return torch.stack([before > 1 - alpha, after > before, torch.ones_like(y, dtype=torch.bool)]).sum(1).float()
 
 

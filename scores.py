@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 import checkpoints
+import losses
 
 # Table 3 of the paper, WRN-34-10 at ε 8/255: (data set, defense, α) -> Natural, FGSM, PGD-20, CW-inf
 TABLE_3 = {
@@ -70,7 +71,7 @@ def outcome(name, params, correct_mask, seconds=0.0):
 def shares(natural, attacked, y, alpha=None):
     """More of an attack's entry: the share of images that it made easier, p_y(x_adv) > p_y(x); and, for PGD-LS, of
     those with p_y(x) > 1 - α, whose true logit the ascent of LSCE raises. natural, attacked: logits (n, K)."""
-    before, after = (logits.double().softmax(1).gather(1, y[:, None])[:, 0] for logits in (natural, attacked))
+    before, after = (losses.p_true(logits.double(), y) for logits in (natural, attacked))
     row = {"share_made_easier": (after > before).double().mean().item()}
     if alpha is not None:
         row["share_p_y_above_1_minus_alpha"] = (before > 1 - alpha).double().mean().item()

@@ -55,7 +55,7 @@ SHARES_EVERY = 8  # steps: the two logged shares of examples cost forward passes
 
 
 def parse_args(argv=None):
-    """The flags that were typed, as a dict; what was not typed is not in it."""
+    """(the parser, the flags that were typed as a dict); what was not typed is not in it."""
     parser = cli.Parser(prog="train_cifar.py", description=__doc__, epilog=f"Architectures: {models.ARCHS}.")
     add = parser.add_argument
     add("--defense", choices=OUTER, help="the loss to train with (no default)")
@@ -143,8 +143,7 @@ def new_or_resumed(typed):
         of_run = state["args"].get(key)
         if key not in FREE_ON_RESUME and value != of_run:
             raise ValueError(f"--resume: --{key.replace('_', '-')} {value} would alter {out_dir}, which has {of_run}")
-    older = DEFAULTS[0][-1] | DEFAULTS[1][-1]  # for what a run of an older version does not have
-    return argparse.Namespace(**older | state["args"] | typed | {"out_dir": out_dir}), state
+    return argparse.Namespace(**state["args"] | typed | {"out_dir": out_dir}), state
 
 
 def learning_rate(args, epoch, progress):
