@@ -196,7 +196,6 @@ def matrix_product_rate(device, dtype, size=2048):
 
 def sides_of(args):
     """{name: (constructor of the functions, dtype of its arithmetic)}"""
-    args.precision, _ = cli.pick_precision(args.precision, args.torch_device)  # decided once
     compiled = args.compile != "off"
     sides = {"textbook": (lambda: textbook(args), torch.float32)}
     for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
@@ -267,18 +266,17 @@ def compare(args):
 
 def scaling(args):
     """Images/s of the training step against batch size, width and attack steps, one varied at a time."""
-    precision, _ = cli.pick_precision(args.precision, args.torch_device)
     points = [("batch size", n, {"batch_size": n}) for n in (32, 64, 128, 256, 512)]
     points += [("width", w, {"arch": f"wrn-16-{w}"}) for w in (1, 2, 4)]
     points += [("attack steps", k, {"num_steps": k}) for k in (1, 2, 5, 10, 20)]
     rows = []
     for what, value, change in tqdm(points, unit="point", dynamic_ncols=True):
         point = Namespace(**vars(args) | {"eval_batch_size": 1} | change)
-        step = ours(point, precision, compiled=False)[0]["training step"]
+        step = ours(point, args.precision, compiled=False)[0]["training step"]
         seconds = cli.seconds(step, args.torch_device, repeats=args.repeats)
         rows.append({"varied": what, "value": value, "seconds": seconds, "images_per_s": point.batch_size / seconds,
                      "gflop_per_s": flops(point)["training step"] / seconds / 1e9})
-    return {"rows": rows, "precision": precision}
+    return {"rows": rows, "precision": args.precision}
 
 
 def table(result):
@@ -307,6 +305,7 @@ def main(argv=None):
     result = {"device": scores.device_name(args.torch_device), "torch": torch.__version__, "scaling": args.scaling,
               "command": scores.command("bench.py", argv),
               "settings": {k: v for k, v in vars(args).items() if isinstance(v, str | int)}}
+    args.precision, _ = cli.pick_precision(args.precision, args.torch_device)  # once, for this process and its child
     result |= scaling(args) if args.scaling else compare(args)
     print(f"{result['device']}, torch {torch.__version__}: {args.arch}, {args.defense}, batch {args.batch_size}, "
           f"PGD-{args.num_steps}; evaluation PGD-{args.eval_steps}, batch {args.eval_batch_size}")

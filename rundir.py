@@ -130,7 +130,7 @@ def shares(model, plain, x, x_adv, y, alpha):
 @torch.no_grad()
 def tally(loss, logits_nat, logits_adv, y):
     """More of it: (3,) the loss; the natural and the robust training accuracy, 0 without logits."""
-    right = [0 * loss if logits is None else (logits.argmax(1) == y).float().mean()
+    right = [torch.zeros_like(loss) if logits is None else (logits.argmax(1) == y).float().mean()
              for logits in (logits_nat, logits_adv)]
     return torch.stack([loss, *right])
 

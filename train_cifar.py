@@ -78,7 +78,7 @@ def parse_args(argv=None):
     add("--lr", type=cli.positive_float, help="highest learning rate (default: 0.1; digits: 0.2)")
     add("--lr-schedule", choices=("step", "cosine", "onecycle"), help="(default: step; rst: cosine; digits: onecycle)")
     add("--lr-milestones", type=cli.positive_int, nargs=2, metavar="EPOCH",
-        help="step: the first epochs, from 1, at lr x0.1 and x0.01 (default: 75/90 and 90/90 of --epochs, even of 1)")
+        help="step: the first epochs, from 1, at lr x0.1 and x0.01 (default: 75/90 and 90/90 of --epochs: the last)")
     add("--momentum", type=cli.unit_float, help="(default: 0.9)")
     add("--nesterov", action=argparse.BooleanOptionalAction, help="Nesterov's momentum (default: off; rst: on)")
     add("--weight-decay", type=cli.natural_float, help="(default: 7e-4; cifar100 madry, trades 2e-4; rst, digits 5e-4)")
@@ -251,7 +251,8 @@ def train(args, state, train_set, val_set, device, stop=()):
     read_every = 50 if device.type == "cuda" else 1  # reading a number off a GPU waits for it
     bar = tqdm(total=total_steps * args.batch_size, initial=first_step * args.batch_size, unit="img", unit_scale=True,
                dynamic_ncols=True, mininterval=1.0, disable=rank > 0)
-    saved, epoch_start, epoch_first_step = time.perf_counter(), time.perf_counter(), first_step
+    saved = epoch_start = time.perf_counter()
+    epoch_first_step = first_step
 
     for step in range(first_step, total_steps):
         epoch, i = divmod(step, steps_per_epoch)
