@@ -83,6 +83,33 @@ def result(path):
     return json.loads((ROOT / "results" / path).read_text())
 
 
+def rows(found):
+    """{attack's name: its entry} of a result."""
+    return {row["name"]: row for row in found["attacks"]}
+
+
+def evaluate(path, data_dir, num_images, *flags):
+    """The result of eval_attacks.py for a model file, both paths from the repository's root."""
+    import eval_attacks
+
+    return eval_attacks.main(["--model-path", str(ROOT / path), "--data-dir", str(ROOT / data_dir),
+                              "--num-images", str(num_images), *flags])
+
+
+def points(difference):
+    """compare.py's difference in points, with its 95 % interval: "+0.36 (-0.16 to +0.88)"."""
+    low, high = difference["interval"]
+    return f"{100 * difference['difference']:+.2f} ({100 * low:+.2f} to {100 * high:+.2f})"
+
+
+def verdict(differences):
+    """"confirmed" if all these differences lie above 0 with their intervals, "contradicted" if one lies below, or
+    "undecided"."""
+    if all(d["interval"][0] > 0 for d in differences):
+        return "confirmed"
+    return "contradicted" if any(d["interval"][1] < 0 for d in differences) else "undecided"
+
+
 def band(ax, x, rows, label, **style):
     """Accuracies (%) of entries of results over x, with their 95 % intervals as a band."""
     low, high = 100 * np.array([row["interval"] for row in rows]).T
