@@ -61,6 +61,8 @@ def test_a_plain_model_passes(model_path, monkeypatch, tmp_path, capsys):
 @pytest.mark.parametrize(("wrapper", "flags"), [(Scaled, {"gradients", "stronger"}),
     pytest.param(Quantised, {"gradients", "gradient-free", "radius"}, marks=pytest.mark.slow)])
 def test_a_masked_model_is_flagged(model_path, monkeypatch, wrapper, flags):
+    if wrapper is Scaled:  # the checks that it is to fail, for time's sake
+        monkeypatch.setattr(audit, "CHECKS", {name: audit.CHECKS[name] for name in audit.CHECKS if name in flags})
     result, checks = run(model_path, monkeypatch, wrapper)
     flagged = {name for name, check in checks.items() if not check["fine"]}
     assert flags <= flagged
