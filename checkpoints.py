@@ -120,7 +120,7 @@ def _fits(state, arch, num_classes):
 def _header(content):
     """The part of an own checkpoint that says what the model is, after a check of its types; raises ValueError."""
     header = {key: content.get(key) for key in ("args", "epoch", "classes")}
-    types = {"dataset": str, "defense": str, "arch": str, "epsilon": str, "seed": int, "spat_alpha": float | str | None}
+    types = {"dataset": str, "defense": str, "arch": str, "epsilon": str, "seed": int, "spat_alpha": float | None}
     if not (isinstance(header["args"], dict) and isinstance(header["epoch"], int)
             and isinstance(header["classes"], list)
             and all(isinstance(header["args"].get(key), of) for key, of in types.items())):

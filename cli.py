@@ -52,8 +52,6 @@ positive_float = _checked(float, lambda v: 0 < v < float("inf"), "a finite numbe
 natural_float = _checked(float, lambda v: 0 <= v < float("inf"), "a finite number of 0 or more")
 fraction_below_one = _checked(float, lambda v: 0 <= v < 1, "a number of 0 or more and below 1")
 unit_float = _checked(float, lambda v: 0 <= v <= 1, "a number in [0, 1]")
-alpha = _checked(lambda text: text if text == "auto" else float(text), lambda v: v == "auto" or 0 <= v <= 1,
-                 "a number in [0, 1] or auto")
 three_numbers = _checked(lambda text: tuple(map(float, text.split(","))),
                          lambda v: len(v) == 3 and all(map(math.isfinite, v)), "three numbers, as in 0.5,0.5,0.5")
 

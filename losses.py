@@ -44,12 +44,6 @@ def lsce(logits, y, alpha):
     return -(y_ls * log_p).sum(1)  # Eq. 8
 
 
-def auto_alpha(logits, y):
-    """α per example, (B,), from the logits of the natural images: (1 - p_y) / 2. At x the ascent of LSCE changes
-    the true logit at the rate p_y - (1 - α): this α lies halfway between 0, CE, and 1 - p_y, where it would rise."""
-    return (1 - p_true(logits, y)) / 2
-
-
 def cross_entropy(logits, y):
     """-log p_y, (B,): LSCE with α = 0."""
     return lsce(logits, y, alpha=0.0)

@@ -122,7 +122,6 @@ def shares(model, plain, x, x_adv, y, alpha):
     true logit, how many the attack made easier, p_y(x_adv) > p_y(x), and of how many; zeros if alpha is None."""
     if alpha is None:
         return x.new_zeros(3)
-    alpha = 0.0 if alpha == "auto" else alpha  # neither CE nor auto raises a true logit
     with models.frozen(model):
         before, after = (losses.p_true(plain(batch), y) for batch in (x, x_adv))
     return torch.stack([before > 1 - alpha, after > before, torch.ones_like(y, dtype=torch.bool)]).sum(1).float()

@@ -81,7 +81,7 @@ def shares(natural, attacked, y, alpha=None):
 def table(result):
     """The result as text, for the screen."""
     model = result["model"]
-    spat = "" if model["spat_alpha"] is None else f" + SPAT (α {str(model['spat_alpha']).removesuffix('.0')})"
+    spat = "" if model["spat_alpha"] is None else f" + SPAT (α {model['spat_alpha']:g})"
     of = model.get("args", {}).get("epochs", model["epochs"])
     epochs = f"{of} epochs" if model["epochs"] == of else f"epoch {model['epochs']} of {of}"
     trained = f", {model['defense']}{spat}, {epochs}, seed {model['seed']}" if model["defense"] else ""

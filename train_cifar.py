@@ -59,8 +59,8 @@ def parse_args(argv=None):
     parser = cli.Parser(prog="train_cifar.py", description=__doc__, epilog=f"Architectures: {models.ARCHS}.")
     add = parser.add_argument
     add("--defense", choices=OUTER, help="the loss to train with (no default)")
-    add("--spat-alpha", type=cli.alpha, metavar="A", help="SPAT: attack by LSCE with this α in [0, 1], or auto: each "
-        "image's (1 - p_y) / 2 (default: by CE for madry and mart, by KL for trades)")
+    add("--spat-alpha", type=cli.unit_float, metavar="A",
+        help="SPAT: attack by LSCE with this α in [0, 1] (default: by CE for madry and mart, by KL for trades)")
     add("--beta", type=cli.natural_float, help="weight of the KL term (default: trades 6, mart 5)")
     add("--dataset", help="cifar10, cifar100, digits, or a folder with train/CLASS/*.png and test/CLASS/*.png "
         "(default: cifar10)")
@@ -122,14 +122,15 @@ def with_defaults(typed):
     args.lr_milestones = typed.get("lr_milestones", [math.ceil(args.epochs * 75 / 90), args.epochs])
     args.step_size = getattr(args, "step_size", str(Fraction(args.epsilon) / 4))
     if "out_dir" not in typed:
-        spat = "" if args.spat_alpha is None else f"-spat{args.spat_alpha}".removesuffix(".0")
+        spat = "" if args.spat_alpha is None else f"-spat{args.spat_alpha:g}"
         name = pathlib.Path(args.dataset).resolve().name if args.dataset not in data.NAMED else args.dataset
         args.out_dir = f"runs/{name}-{args.arch}-{args.defense}{spat}{'-aux' if args.aux_data else ''}-s{args.seed}"
     return args
 
 
 def new_or_resumed(typed):
-    """(arguments, None or the checkpoint to go on from); ValueError if a run would be overwritten, or altered."""
+    """(arguments, None) for a new run, (arguments, the checkpoint to go on from) with --resume; ValueError if that
+    would overwrite a run, or alter the one it resumes."""
     if not typed.pop("resume", False):
         args = with_defaults(typed)
         if any(pathlib.Path(args.out_dir, name).exists() for name in ("last.pt", "last.prev.pt", "best.pt", "log.csv")):
@@ -162,7 +163,8 @@ def learning_rate(args, epoch, progress):
 
 
 def validate(model, forward, val, args):
-    """Accuracy and mean cross entropy on the held-out images, a dict: natural and by eval_attacks.py's PGD-20."""
+    """Natural and PGD-20 accuracy and mean cross entropy on the held-out images, as a dict; PGD-20 as eval_attacks.py
+    runs it, at the training ε."""
     epsilon = float(Fraction(args.epsilon))
 
     def pgd20(x, y, indices):
@@ -189,16 +191,14 @@ def build_optimizer(model, args):
 
 def inner_maximisation(model, plain, forward, x, y, start, args):
     """x_adv, Eq. 10: PGD on the frozen model. plain: the eager forward pass, for what is computed once a batch."""
-    objective, target, alpha = INNER[args.defense], y, args.spat_alpha
+    objective, target = INNER[args.defense], y
+    if args.spat_alpha is not None:
+        objective = functools.partial(losses.lsce, alpha=args.spat_alpha)
     epsilon, step_size = float(Fraction(args.epsilon)), float(Fraction(args.step_size))
     with models.frozen(model):
-        with torch.no_grad():
-            if alpha == "auto":
-                alpha = losses.auto_alpha(plain(x), y)
-            elif alpha is None and objective is losses.kl_divergence:
+        if objective is losses.kl_divergence:
+            with torch.no_grad():
                 target = plain(x).float().softmax(1)
-        if alpha is not None:
-            objective = functools.partial(losses.lsce, alpha=alpha)
         return attacks.pgd(forward, x, target, objective, epsilon=epsilon, step_size=step_size,
                            num_steps=args.num_steps, random_start=start)
 

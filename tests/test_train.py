@@ -131,7 +131,6 @@ def test_cuda_without_a_device(tmp_path, capsys):
 @pytest.mark.parametrize("defense", [
     ["standard"], ["madry"], ["trades"], ["mart"], ["madry", "--spat-alpha", "0.2"], ["trades", "--spat-alpha", "0.1"],
     ["mart", "--spat-alpha", "0.3"], ["trades", "--spat-alpha", "0"],
-    ["madry", "--spat-alpha", "auto"],
 ])
 def test_every_defense_trains(defense, tmp_path, capsys):
     train_cifar.main(["--defense", *defense, *TINY, "--out-dir", str(tmp_path)])
@@ -178,20 +177,6 @@ def test_the_attack_uses_the_objective_that_alpha_asks_for(tmp_path, monkeypatch
         seen.clear()
         train_cifar.main(["--defense", *flags, *TINY, "--epochs", "1", "--out-dir", str(tmp_path / "-".join(flags))])
         assert seen == {tuple(value.tolist()), float(data.EPSILON["digits"])}
-
-
-@pytest.mark.parametrize("defense", ["madry", "trades", "mart"])
-def test_alpha_auto_is_each_images_own(defense, monkeypatch):
-    """α = (1 - p_y(x)) / 2 at the natural images, not at those of the attack's steps."""
-    args = arguments("--defense", defense, "--spat-alpha", "auto", "--epsilon", "0.2", "--num-steps", "3")
-    net = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(12, 5)).double()
-    x, y = torch.rand(4, 3, 2, 2, dtype=torch.float64), torch.tensor([0, 1, 2, 3])
-    alphas = []
-    monkeypatch.setattr(losses, "lsce", lambda logits, y, alpha: alphas.append(alpha) or logits[:, 0])
-    train_cifar.inner_maximisation(net, net, net, x, y, torch.zeros_like(x), args)
-    assert len(alphas) == 3
-    for alpha in alphas:
-        torch.testing.assert_close(alpha, (1 - net(x).softmax(1)[range(4), y]) / 2)
 
 
 def test_no_held_out_images_no_best(tmp_path):
@@ -401,7 +386,6 @@ def test_the_tally_counts_per_example():
     assert rundir.tally(loss, model(p_nat), None, y).tolist() == [1.5, 0.75, 0]
     assert rundir.shares(model, model, p_nat, p_adv, y, alpha=0.3).tolist() == [2, 1, 4]
     assert rundir.shares(model, model, p_nat, p_adv, y, alpha=0.0).tolist() == [0, 1, 4]
-    assert rundir.shares(model, model, p_nat, p_adv, y, alpha="auto").tolist() == [0, 1, 4]
     assert rundir.shares(model, model, p_nat, None, y, alpha=None).tolist() == [0, 0, 0]
 
 
