@@ -305,7 +305,7 @@ def main(argv=None):
         audit(Bench(model, forward, test, args), oracle, result)
     except KeyboardInterrupt:  # what is finished stands in the JSON, marked as incomplete
         sys.exit(130)
-    except OSError as error:
+    except cli.FAULTS as error:
         sys.exit(f"{parser.prog}: {error}")
     return result
 

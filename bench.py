@@ -12,6 +12,7 @@ import multiprocessing
 import pathlib
 import re
 import statistics
+import time
 from argparse import Namespace
 
 import torch
@@ -187,20 +188,24 @@ def flops(args):
             "evaluation": args.eval_batch_size * (args.eval_steps + 1 / 2) * attack_pass}
 
 
-def matrix_product_rate(device, dtype, size=2048):
-    """FLOP/s of a square matrix product, the best of several: what the hardware can do."""
+def matrix_product_rate(device, name, size=2048):
+    """FLOP/s of a square matrix product in fp32, tf32 or bf16, the best of several: what the hardware can do."""
     size = 8192 if device.type == "cuda" else size
+    dtype = torch.bfloat16 if name == "bf16" else torch.float32
     a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
-    return 2 * size**3 / cli.seconds(lambda: a @ b, device, repeats=10)
+    torch.backends.cuda.matmul.allow_tf32 = name == "tf32"
+    rate = 2 * size**3 / cli.seconds(lambda: a @ b, device, repeats=10)
+    torch.backends.cuda.matmul.allow_tf32 = False
+    return rate
 
 
 def sides_of(args):
-    """{name: (constructor of the functions, dtype of its arithmetic)}"""
+    """{name: (constructor of the functions, its arithmetic)}"""
     compiled = args.compile != "off"
-    sides = {"textbook": (lambda: textbook(args), torch.float32)}
-    for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
-        if name == "fp32" or args.precision == "bf16":
-            sides[f"ours, {name}"] = (lambda name=name: ours(args, name, compiled), dtype)
+    # torch's default, which pick_device turns off, and with which the published code runs, is TF32 in convolutions
+    sides = {"textbook": (lambda: textbook(args), "tf32" if args.torch_device.type == "cuda" else "fp32")}
+    for name in ("fp32", "bf16") if args.precision == "bf16" else ("fp32",):
+        sides[f"ours, {name}"] = (lambda name=name: ours(args, name, compiled), name)
     return sides
 
 
@@ -228,17 +233,19 @@ def _peak_of_this_process(args, name):
 def compare(args):
     """Time all sides in turn -> the result as a dict."""
     sides, needed = sides_of(args), flops(args)
-    built = {side: build() for side, (build, _) in sides.items()}
-    rates = {str(dtype): matrix_product_rate(args.torch_device, dtype) for _, dtype in sides.values()}
+    built, first = {}, {}
+    for side, (build, _) in sides.items():
+        start = time.perf_counter()
+        built[side] = build()
+        first[side] = time.perf_counter() - start
+    rates = {name: matrix_product_rate(args.torch_device, name) for name in {of: None for _, of in sides.values()}}
     times = {(side, name): [] for side in sides for name in needed}
-    first = dict.fromkeys(sides, 0.0)
     warm_up = 2 if args.torch_device.type == "cuda" else 1  # the second call records the CUDA graphs
     with tqdm(total=len(times) * (args.repeats + warm_up), unit="run", dynamic_ncols=True) as bar:
         for repeat in range(args.repeats + warm_up):
             for side, name in times:
                 bar.set_description(f"{side}: {name}")
-                # torch's default, which pick_device turns off, and with which the published code runs
-                torch.backends.cudnn.allow_tf32 = side == "textbook"
+                torch.backends.cudnn.allow_tf32 = sides[side][1] == "tf32"
                 seconds = cli.timed(built[side][0][name], args.torch_device)
                 if repeat >= warm_up:
                     times[side, name].append(seconds)
@@ -254,7 +261,7 @@ def compare(args):
             "work": name, "side": side, "seconds": seconds, "images_per_s": images / median,
             "ratio": statistics.median(ratios), "ratio_range": [min(ratios), max(ratios)],
             "gflop_per_s": needed[name] / median / 1e9,
-            "share_of_matrix_product": needed[name] / median / rates[str(sides[side][1])]})
+            "share_of_matrix_product": needed[name] / median / rates[sides[side][1]]})
     torch.backends.cudnn.allow_tf32 = False
     extra = {side: first[side] - warm_up * sum(statistics.median(times[side, name]) for name in needed)
              for side in sides}
@@ -272,11 +279,11 @@ def scaling(args):
     rows = []
     for what, value, change in tqdm(points, unit="point", dynamic_ncols=True):
         point = Namespace(**vars(args) | {"eval_batch_size": 1} | change)
-        step = ours(point, args.precision, compiled=False)[0]["training step"]
+        step = ours(point, args.precision, compiled=args.compile == "on")[0]["training step"]
         seconds = cli.seconds(step, args.torch_device, repeats=args.repeats)
         rows.append({"varied": what, "value": value, "seconds": seconds, "images_per_s": point.batch_size / seconds,
                      "gflop_per_s": flops(point)["training step"] / seconds / 1e9})
-    return {"rows": rows, "precision": args.precision}
+    return {"rows": rows, "precision": args.precision, "compile": "on" if args.compile == "on" else "off"}
 
 
 def table(result):

@@ -17,6 +17,7 @@ import torch.distributed as dist
 
 import models
 
+FAULTS = OSError, torch.OutOfMemoryError  # of the machine, in the middle of the work: one line and no traceback
 COMPILE_PAYS_MINUTES = 10  # of the eager run's time; compiling all graphs takes one to two minutes
 
 
@@ -209,7 +210,9 @@ def join_job(name):
         yield device, 0, 1
         return
     if device.type == "cuda":
-        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        if (local := int(os.environ["LOCAL_RANK"])) >= torch.cuda.device_count():
+            raise ValueError(f"torchrun started more processes than the {torch.cuda.device_count()} GPUs here")
+        device = torch.device("cuda", local)
         torch.cuda.set_device(device)
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=datetime.timedelta(minutes=30))
     try:

@@ -75,7 +75,8 @@ def parse_args(argv=None):
     add("--batch-size", type=cli.positive_int, default=256, help="alters apgd and autoattack only (default: 256)")
     add("--save-examples", metavar="FILE", help="write each image's predictions and margins to this .npz")
     add("--save-images", action="store_true", help="put the attacked images into it, float32, 12 kB each")
-    parser.set_defaults(**PROTOCOLS[parser.parse_args(argv).protocol])
+    typed = parser.parse_args(argv)
+    parser.set_defaults(**PROTOCOLS[typed.protocol] | ({"epsilon": None} if typed.epsilons else {}))
     args = parser.parse_args(argv)
     for wrong, why in (
         (("pgd-ls" in args.attacks) != bool(args.alphas), "--attacks pgd-ls and --alphas go together"),
@@ -104,8 +105,7 @@ def attack_list(args):
         official = radius | {"version": "standard", "seed": args.seed, "batch_size": args.batch_size}
         official |= {"processes": world} if (world := cli.rank_and_world()[1]) > 1 else {}
         rows = {name: [] for name in ATTACKS}
-        rows["fgsm"] = [("FGSM", {"objective": "ce"} | radius
-                         | {"step_size": epsilon, "num_steps": 1, "random_start": "none"})]
+        rows["fgsm"] = [("FGSM", radius | dict(objective="ce", step_size=epsilon, num_steps=1, random_start="none"))]
         for n in args.steps_sweep or [args.num_steps]:
             steps = base | {"num_steps": n}
             rows["pgd"] += [(f"PGD-{n}{rule}", {"objective": "ce"} | steps)]
@@ -288,7 +288,7 @@ def main(argv=None):
         except KeyboardInterrupt:  # what is finished stands in the JSON, marked as incomplete
             print(scores.table(result))
             sys.exit(130)
-        except OSError as error:
+        except cli.FAULTS as error:
             sys.exit(f"{parser.prog}: {error}")
         if rank == 0:
             print(scores.table(result))

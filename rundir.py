@@ -65,22 +65,40 @@ def save_run(state, out_dir):
     checkpoints.save(state, last)
 
 
+def begin(out_dir, resumed, first):
+    """Save the state `first` of a new run. Of a resumed one, put last.prev.pt in the place of a last.pt that load_run
+    found damaged: the next save would put that one over the only whole checkpoint."""
+    if resumed is None:
+        save_run(first, out_dir)
+    elif resumed["file"] == "last.prev.pt":
+        os.replace(pathlib.Path(out_dir, "last.prev.pt"), pathlib.Path(out_dir, "last.pt"))
+
+
+def there(out_dir):
+    """What a failed run leaves to go on from, in words."""
+    names = [str(path) for name in ("last.pt", "last.prev.pt") if (path := pathlib.Path(out_dir, name)).exists()]
+    return f"the last checkpoints are {' and '.join(names)}" if names else "no checkpoint was written yet"
+
+
 def load_run(out_dir):
-    """The newest whole checkpoint of a run, last.pt or else last.prev.pt; raises ValueError if there is none."""
+    """The newest whole checkpoint of a run, last.pt or else last.prev.pt (its name is added as "file"); raises
+    ValueError if there is none."""
     folder = pathlib.Path(out_dir)
     if not (folder / "last.pt").exists() and not (folder / "last.prev.pt").exists():
         raise ValueError(f"--resume: {out_dir} holds no run (no last.pt)")
+    file = "last.pt"
     try:
-        state = checkpoints.load(folder / "last.pt")
+        state = checkpoints.load(folder / file)
     except ValueError as error:
-        state = checkpoints.load(folder / "last.prev.pt")
+        file = "last.prev.pt"
+        state = checkpoints.load(folder / file)
         print(f"{error}; going on from the checkpoint before it, last.prev.pt")
     if not isinstance(state, dict) or state.get("format") != checkpoints.FORMAT:
         raise ValueError(f"--resume: {out_dir}/last.pt is not a checkpoint of train_cifar.py")
     needed = ("args", "state_dict", "optimizer", "step", "rows", "best", "sums", "on")
     if missing := [key for key in needed if state.get(key) is None]:
         raise ValueError(f"--resume: {out_dir}/last.pt holds no {missing[0]}: a best.pt, or of an older version")
-    return state
+    return state | {"file": file}
 
 
 def write_log(out_dir, rows):

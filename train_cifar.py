@@ -78,7 +78,7 @@ def parse_args(argv=None):
     add("--lr", type=cli.positive_float, help="highest learning rate (default: 0.1; digits: 0.2)")
     add("--lr-schedule", choices=("step", "cosine", "onecycle"), help="(default: step; rst: cosine; digits: onecycle)")
     add("--lr-milestones", type=cli.positive_int, nargs=2, metavar="EPOCH",
-        help="step: the first epochs, from 1, at lr x0.1 and x0.01 (default: 75/90 and 90/90 of --epochs: the last)")
+        help="step: the first epochs, from 1, at lr x0.1 and x0.01 (default: 75/90 of --epochs and its last)")
     add("--momentum", type=cli.unit_float, help="(default: 0.9)")
     add("--nesterov", action=argparse.BooleanOptionalAction, help="Nesterov's momentum (default: off; rst: on)")
     add("--weight-decay", type=cli.natural_float, help="(default: 7e-4; cifar100 madry, trades 2e-4; rst, digits 5e-4)")
@@ -119,7 +119,8 @@ def with_defaults(typed):
     ):
         if wrong:
             raise ValueError(why)
-    args.lr_milestones = typed.get("lr_milestones", [math.ceil(args.epochs * 75 / 90), args.epochs])
+    first = max(2, math.ceil(args.epochs * 75 / 90))  # below 6 epochs: no first epoch, and no x0.01 before x0.1
+    args.lr_milestones = typed.get("lr_milestones", [first, max(args.epochs, first + 1)])
     args.step_size = getattr(args, "step_size", str(Fraction(args.epsilon) / 4))
     if "out_dir" not in typed:
         spat = "" if args.spat_alpha is None else f"-spat{args.spat_alpha:g}"
@@ -129,8 +130,7 @@ def with_defaults(typed):
 
 
 def new_or_resumed(typed):
-    """(arguments, None) for a new run, (arguments, the checkpoint to go on from) with --resume; ValueError if that
-    would overwrite a run, or alter the one it resumes."""
+    """(arguments, None or the checkpoint to go on from); ValueError if a run would be overwritten, or altered."""
     if not typed.pop("resume", False):
         args = with_defaults(typed)
         if any(pathlib.Path(args.out_dir, name).exists() for name in ("last.pt", "last.prev.pt", "best.pt", "log.csv")):
@@ -138,6 +138,8 @@ def new_or_resumed(typed):
         return args, None
     out_dir = typed.get("out_dir") or with_defaults(typed).out_dir
     state = rundir.load_run(out_dir)
+    if missing := vars(with_defaults({"defense": "madry"})).keys() - state["args"].keys():
+        raise ValueError(f"--resume: {out_dir} is of an older version: it has no {min(missing)}")
     typed = {k: v for k, v in typed.items() if v != "auto" or k not in ("precision", "compile")}  # decided once
     for key, value in typed.items():
         of_run = state["args"].get(key)
@@ -163,8 +165,7 @@ def learning_rate(args, epoch, progress):
 
 
 def validate(model, forward, val, args):
-    """Natural and PGD-20 accuracy and mean cross entropy on the held-out images, as a dict; PGD-20 as eval_attacks.py
-    runs it, at the training ε."""
+    """Accuracy and mean cross entropy on the held-out images, a dict: natural and by eval_attacks.py's PGD-20."""
     epsilon = float(Fraction(args.epsilon))
 
     def pgd20(x, y, indices):
@@ -234,7 +235,8 @@ def train(args, state, train_set, val_set, device, stop=()):
         if rank == 0 and state["on"] != [device.type, world]:
             print(f"resumed on {[device.type, world]}, was on {state['on']}: no longer equal to the bit")
     x = data.to_float(train_set.images[torch.arange(args.batch_size, device=device) % len(train_set.labels)][mine])
-    plain, forward = cli.pick_forward(args, model, x, (total_steps - first_step) * (args.num_steps + 4))
+    passes_a_step = args.num_steps + 4 if adversarial else 2
+    plain, forward = cli.pick_forward(args, model, x, (total_steps - first_step) * passes_a_step)
     both = models.BothPasses(model, forward)
     if world > 1:
         both = torch.nn.parallel.DistributedDataParallel(both, broadcast_buffers=False)
@@ -246,13 +248,11 @@ def train(args, state, train_set, val_set, device, stop=()):
 
     if rank == 0:
         checkpoints.write_atomically(out_dir / "args.json", json.dumps(vars(args), indent=2).encode())
-        if state is None:  # so that from its first step on the run can be resumed
-            rundir.save_run(checkpoint(0), out_dir)
+        rundir.begin(out_dir, state, checkpoint(0))  # so that from its first step on the run can be resumed
     read_every = 50 if device.type == "cuda" else 1  # reading a number off a GPU waits for it
     bar = tqdm(total=total_steps * args.batch_size, initial=first_step * args.batch_size, unit="img", unit_scale=True,
                dynamic_ncols=True, mininterval=1.0, disable=rank > 0)
-    saved = epoch_start = time.perf_counter()
-    epoch_first_step = first_step
+    saved, epoch_start, epoch_first_step = time.perf_counter(), time.perf_counter(), first_step
 
     for step in range(first_step, total_steps):
         epoch, i = divmod(step, steps_per_epoch)
@@ -335,8 +335,8 @@ def main(argv=None):
         stop = stack.enter_context(rundir.deferred_signals())
         try:
             complete = train(args, state, train_set.to(device), val_set.to(device), device, stop)
-        except (FloatingPointError, OSError) as error:
-            sys.exit(f"{parser.prog}: {error}; the last checkpoints are {out_dir / 'last.pt'} and last.prev.pt there")
+        except (FloatingPointError, *cli.FAULTS) as error:
+            sys.exit(f"{parser.prog}: {error}; {rundir.there(out_dir)}")
         if rank == 0 and complete:
             print(f"python eval_attacks.py --model-path {out_dir / ('best.pt' if args.val_size else 'last.pt')}")
         elif rank == 0:

@@ -90,3 +90,11 @@ def test_a_failing_compiler_is_named(monkeypatch, capsys):
     result = bench.main([*SMALL[:-1], "on", "--precision", "fp32"])
     assert result["how"]["ours, fp32"] == "torch.compile failed (RuntimeError): going on without"
     assert "failed (RuntimeError)" in capsys.readouterr().out
+
+
+def test_on_a_gpu_the_textbook_is_held_against_tf32():
+    """Its convolutions run in it there: a float32 product would be passed by, not approached."""
+    args = bench.parse_args([*SMALL, "--precision", "bf16"])
+    for device, expected in (("cpu", "fp32"), ("cuda", "tf32")):
+        args.torch_device = torch.device(device)
+        assert [of for _, of in bench.sides_of(args).values()] == [expected, "fp32", "bf16"]

@@ -49,6 +49,15 @@ def test_a_compiler_that_fails_leaves_the_eager_model(monkeypatch, capsys):
         assert torch.equal(forward(x), model(x))
 
 
+def test_more_processes_than_gpus(monkeypatch):
+    for name, value in (("is_available", True), ("device_count", 2)):
+        monkeypatch.setattr(torch.cuda, name, lambda value=value: value)
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "1")
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    with pytest.raises(ValueError, match="more processes than the 2 GPUs"), cli.join_job("cuda"):
+        pass
+
+
 @pytest.mark.parametrize("path, message", [
     ("/dev/null", "cannot be written"), (".", "cannot be written"), ("no/such.json", "folder does not exist")])
 def test_outputs_that_cannot_be_files(path, message):

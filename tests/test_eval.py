@@ -275,6 +275,8 @@ def test_protocols(protocol, expected):
     assert params == {"objective": "ce", "random_start": "uniform", "seed": 0} | expected
     _, args = eval_attacks.parse_args(["--model-path", "m.pt", "--protocol", protocol, "--num-steps", "7"])
     assert args.num_steps == 7
+    _, args = eval_attacks.parse_args(["--model-path", "m.pt", "--protocol", protocol, "--epsilons", "0.1", "0.2"])
+    assert (args.epsilon, args.epsilons) == (None, ["0.1", "0.2"])
 
 
 @pytest.mark.parametrize("flags", [[], ["--pool", "--epsilon", "0.05"]])
@@ -338,10 +340,12 @@ def test_more_bad_flags(model_path, tmp_path, capsys):
     assert not list(tmp_path.iterdir())
 
 
-def test_a_full_disk_ends_in_one_line(model_path, tmp_path, monkeypatch):
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"),
+                                   torch.OutOfMemoryError("CUDA out of memory")])
+def test_a_full_disk_or_gpu_ends_in_one_line(model_path, tmp_path, monkeypatch, error):
     def full(*_):
-        raise OSError(28, "No space left on device")
+        raise error
 
     monkeypatch.setattr(checkpoints, "write_atomically", full)
-    with pytest.raises(SystemExit, match="No space left on device"):
+    with pytest.raises(SystemExit, match="No space left on device|CUDA out of memory"):
         rows_of(model_path, "--json", str(tmp_path / "r.json"))

@@ -11,6 +11,7 @@ import torch
 from helpers import fails_in_one_line
 
 import checkpoints
+import cli
 import data
 import eval_attacks
 import losses
@@ -55,6 +56,13 @@ def test_step_schedule_at_its_boundaries():
     args = arguments("--defense", "mart")
     rates = {epoch: train_cifar.learning_rate(args, epoch, 0.0) for epoch in (1, 74, 75, 89, 90)}
     assert rates == pytest.approx({1: 0.1, 74: 0.1, 75: 0.01, 89: 0.01, 90: 0.001})
+
+
+@pytest.mark.parametrize("epochs, expected", [(1, [1.0]), (2, [1.0, 0.1]), (4, [1.0, 1.0, 1.0, 0.1]),
+                                              (6, [1.0, 1.0, 1.0, 1.0, 0.1, 0.01])])
+def test_a_short_run_starts_at_the_full_rate(epochs, expected):
+    args = arguments("--defense", "mart", "--epochs", str(epochs), "--lr", "1")
+    assert [train_cifar.learning_rate(args, epoch, 0.0) for epoch in range(1, epochs + 1)] == expected
 
 
 def test_cosine_schedule_is_torchs():
@@ -300,7 +308,7 @@ def test_a_full_disk_keeps_the_last_checkpoint_and_says_so(tmp_path, monkeypatch
             train_cifar.main(argv)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
-    assert "File too large" in exit_info.value.code and "last.pt" in exit_info.value.code
+    assert "File too large" in exit_info.value.code and f"{tmp_path / 'last.pt'} and" in exit_info.value.code
     assert checkpoints.load(tmp_path / "last.pt")["step"] == 2
     monkeypatch.setattr(torch, "save", real)
     train_cifar.main(["--resume", "--out-dir", str(tmp_path)])
@@ -334,6 +342,10 @@ def test_what_cannot_be_resumed_is_said(tmp_path, capsys):
         checkpoints.save(state | {key: None}, tmp_path / "last.pt")
         line = fails_in_one_line(train_cifar.main, ["--resume", "--out-dir", tmp_path], capsys)
         assert f"holds no {key}" in line
+    args = {key: value for key, value in state["args"].items() if key != "aux_data"}
+    checkpoints.save(state | {"args": args}, tmp_path / "last.pt")
+    line = fails_in_one_line(train_cifar.main, ["--resume", "--out-dir", tmp_path], capsys)
+    assert "older version: it has no aux_data" in line
 
 
 @pytest.mark.parametrize("damage", ["cut", "flipped", "removed"])
@@ -352,6 +364,44 @@ def test_resume_falls_back_on_the_checkpoint_before(tmp_path, damage, capsys):
     train_cifar.main(["--resume", "--out-dir", str(tmp_path)])
     assert "last.prev.pt" in capsys.readouterr().out
     assert all(torch.equal(value, end[key]) for key, value in checkpoints.load(last)["state_dict"].items())
+
+
+def test_a_failed_save_after_a_fall_back_leaves_what_it_fell_back_on(tmp_path, monkeypatch):
+    """The damaged last.pt must not have taken the place of last.prev.pt by then."""
+    argv = ["--defense", "madry", *TINY, "--out-dir", str(tmp_path)]
+    train_cifar.main(argv)
+    (tmp_path / "last.pt").write_bytes(b"cut")
+    step, real = checkpoints.load(tmp_path / "last.prev.pt")["step"], torch.save
+
+    def full(state, file):
+        if state["optimizer"]:  # last.pt, not best.pt
+            raise OSError(28, "No space left on device")
+        real(state, file)
+
+    with monkeypatch.context() as patch, pytest.raises(SystemExit, match="No space left on device"):
+        patch.setattr(torch, "save", full)
+        train_cifar.main(["--resume", "--out-dir", str(tmp_path)])
+    assert rundir.load_run(tmp_path)["step"] == step
+
+
+def test_a_gpu_out_of_memory_ends_in_one_line(tmp_path, monkeypatch):
+    """Before the first checkpoint was written, so none is named."""
+    def full(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    monkeypatch.setattr(cli, "pick_forward", full)
+    with pytest.raises(SystemExit) as exit_info:
+        train_cifar.main(["--defense", "madry", *TINY, "--out-dir", str(tmp_path)])
+    assert exit_info.value.code == "train_cifar.py: CUDA out of memory.; no checkpoint was written yet"
+
+
+@pytest.mark.parametrize("defense, passes", [("standard", 2), ("madry", 2 + 4)])
+def test_the_work_by_which_compile_auto_decides(defense, passes, tmp_path, monkeypatch):
+    asked = []
+    real = cli.pick_forward
+    monkeypatch.setattr(cli, "pick_forward", lambda *arguments: asked.append(arguments[3]) or real(*arguments))
+    train_cifar.main(["--defense", defense, *TINY, "--out-dir", str(tmp_path)])
+    assert asked == [2 * 3 * passes]  # epochs, steps of each
 
 
 @pytest.mark.parametrize("values, warm_up, warned", [
