@@ -291,17 +291,17 @@ def main(argv=None):
         parser.error(error)
     test = test if args.num_images else test.subset(slice(256))
     args.epsilon = args.epsilon or data.EPSILON.get(dataset, "8/255")
-    model, test = model.to(device), test.to(device)
-    passes = (sum(STEPS) + 60 * RESTARTS + (200 * len(args.alphas) if oracle else 0)) * len(test.labels)
-    x = data.to_float(test.images[:args.batch_size])
-    _, forward = cli.pick_forward(args, model, x, math.ceil(passes / len(x)))
-    result = {"model": scores.describe(info, dataset), "n": len(test.labels), "epsilon": args.epsilon,
-              "seed": args.seed, "device": scores.device_name(device), "precision": args.precision,
-              "torch": torch.__version__, "complete": False, "checks": [],
-              "command": scores.command(parser.prog, argv)}
-    if oracle:
-        result["oracle"] = scores.describe(oracle_info, dataset)
     try:
+        model, test = model.to(device), test.to(device)
+        passes = (sum(STEPS) + 60 * RESTARTS + (200 * len(args.alphas) if oracle else 0)) * len(test.labels)
+        x = data.to_float(test.images[:args.batch_size])
+        _, forward = cli.pick_forward(args, model, x, math.ceil(passes / len(x)))
+        result = {"model": scores.describe(info, dataset), "n": len(test.labels), "epsilon": args.epsilon,
+                  "seed": args.seed, "device": scores.device_name(device), "precision": args.precision,
+                  "torch": torch.__version__, "complete": False, "checks": [],
+                  "command": scores.command(parser.prog, argv)}
+        if oracle:
+            result["oracle"] = scores.describe(oracle_info, dataset)
         audit(Bench(model, forward, test, args), oracle, result)
     except KeyboardInterrupt:  # what is finished stands in the JSON, marked as incomplete
         sys.exit(130)

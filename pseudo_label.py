@@ -60,17 +60,17 @@ def main(argv=None):
         images = data.as_images(args.images, arrays)
     except (ValueError, OSError) as error:
         parser.error(error)
-    model = model.to(device)
-    labels = torch.empty(len(images), dtype=torch.long)
-    with models.frozen(model), tqdm(total=len(images), unit="img", unit_scale=True, dynamic_ncols=True) as bar:
-        for positions in torch.arange(len(images)).split(args.batch_size * 16):  # so that few are float at a time
-            logits = attacks.attacked_logits(model, images[positions].to(device), labels[positions].to(device),
-                                             batch_size=args.batch_size, progress=bar.update)
-            labels[positions] = logits.argmax(1).cpu()
-    arrays["extrapolated_targets"] = labels.numpy()
     try:
+        model = model.to(device)
+        labels = torch.empty(len(images), dtype=torch.long)
+        with models.frozen(model), tqdm(total=len(images), unit="img", unit_scale=True, dynamic_ncols=True) as bar:
+            for positions in torch.arange(len(images)).split(args.batch_size * 16):  # so that few are float at a time
+                logits = attacks.attacked_logits(model, images[positions].to(device), labels[positions].to(device),
+                                                 batch_size=args.batch_size, progress=bar.update)
+                labels[positions] = logits.argmax(1).cpu()
+        arrays["extrapolated_targets"] = labels.numpy()
         checkpoints.write_atomically(output, lambda file: np.savez(file, **arrays))
-    except OSError as error:
+    except cli.FAULTS as error:
         sys.exit(f"{parser.prog}: {error}")
     counts = torch.bincount(labels, minlength=info["num_classes"]).tolist()
     print(f"{output}: {len(images)} images; images a class: {counts}")

@@ -226,6 +226,18 @@ def test_pseudo_labels_are_the_models(model_path, tmp_path, capsys):
     assert "100 images" in capsys.readouterr().out
 
 
+def test_a_gpu_out_of_memory_while_labelling_ends_in_one_line(model_path, tmp_path, monkeypatch):
+    def full(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    np.savez(tmp_path / "x.npz", data=np.zeros((3, 32, 32, 3), np.uint8))
+    monkeypatch.setattr(pseudo_label.attacks, "attacked_logits", full)
+    with pytest.raises(SystemExit, match="^pseudo_label.py: CUDA out of memory$"):
+        pseudo_label.main(["--model-path", str(model_path), "--images", str(tmp_path / "x.npz"),
+                           "--output", str(tmp_path / "o.npz")])
+    assert not (tmp_path / "o.npz").exists()
+
+
 def test_what_pseudo_label_refuses(model_path, tmp_path, capsys):
     np.savez(tmp_path / "in.npz", data=made()["data"])
     (tmp_path / "there.npz").write_bytes(b"precious")
