@@ -238,7 +238,7 @@ def compare(args):
         start = time.perf_counter()
         built[side] = build()
         first[side] = time.perf_counter() - start
-    rates = {name: matrix_product_rate(args.torch_device, name) for name in {of: None for _, of in sides.values()}}
+    rates = {of: matrix_product_rate(args.torch_device, of) for of in dict.fromkeys(of for _, of in sides.values())}
     times = {(side, name): [] for side in sides for name in needed}
     warm_up = 2 if args.torch_device.type == "cuda" else 1  # the second call records the CUDA graphs
     with tqdm(total=len(times) * (args.repeats + warm_up), unit="run", dynamic_ncols=True) as bar:
@@ -276,14 +276,14 @@ def scaling(args):
     points = [("batch size", n, {"batch_size": n}) for n in (32, 64, 128, 256, 512)]
     points += [("width", w, {"arch": f"wrn-16-{w}"}) for w in (1, 2, 4)]
     points += [("attack steps", k, {"num_steps": k}) for k in (1, 2, 5, 10, 20)]
-    rows = []
+    rows, compiled = [], args.compile == "on"
     for what, value, change in tqdm(points, unit="point", dynamic_ncols=True):
         point = Namespace(**vars(args) | {"eval_batch_size": 1} | change)
-        step = ours(point, args.precision, compiled=args.compile == "on")[0]["training step"]
+        step = ours(point, args.precision, compiled)[0]["training step"]
         seconds = cli.seconds(step, args.torch_device, repeats=args.repeats)
         rows.append({"varied": what, "value": value, "seconds": seconds, "images_per_s": point.batch_size / seconds,
                      "gflop_per_s": flops(point)["training step"] / seconds / 1e9})
-    return {"rows": rows, "precision": args.precision, "compile": "on" if args.compile == "on" else "off"}
+    return {"rows": rows, "precision": args.precision, "compile": "on" if compiled else "off"}
 
 
 def table(result):
