@@ -174,37 +174,3 @@ def square(model, x, y, *, epsilon, num_queries, seed=0):
         attack = SquareAttack(model, p_init=0.8, n_queries=num_queries, eps=epsilon, norm="Linf", seed=seed,
                               device=x.device, resc_schedule=False)
         return attack.perturb(x.contiguous(), y)
-
-
-def attacked_logits(model, images, labels, attack=None, batch_size=256, progress=lambda n: None, rank=0, world=1,
-                    only=None, examples=None):
-    """The model's float32 logits (N, K) for attacked images: what every accuracy is counted from.
-
-    images: (N, C, H, W) uint8, labels: (N,), both on one device. attack(x, y, indices) -> x_adv, indices being the
-    images' positions, on the CPU; None for the natural images. model scores the final images: give it in float32 and
-    frozen, whatever crafts inside `attack`. only: the positions to attack (default: all), at least one. Of `world`
-    processes each takes every world-th of them and leaves all other rows zero: the sum is the result. All batches have
-    one size (the last is filled up with images that are not counted), so that compiled code is not compiled twice.
-    progress(n) is called after every n images; examples, float32 like images, receives the attacked images.
-    """
-    n, logits = len(images), None
-    batch_size = min(batch_size, -(-n // world))
-    only = torch.arange(n, device=images.device) if only is None else only
-    mine = only[rank::world]
-    counted, total = len(mine), max(1, -(-len(mine) // batch_size)) * batch_size
-    filled = torch.cat([mine, only.repeat(-(-total // len(only)))])[:total]
-    positions = filled.cpu()  # all at once: to fetch them batch by batch would wait for the GPU each time
-    for done in range(0, total, batch_size):
-        indices = filled[done : done + batch_size]
-        x = images[indices].to(torch.float32, memory_format=torch.channels_last).div_(255)
-        if attack is not None:
-            x = attack(x, labels[indices], positions[done : done + batch_size])
-        with torch.no_grad():
-            out = model(x).float()
-        logits = out.new_zeros(n, out.shape[1]) if logits is None else logits
-        count = max(0, min(batch_size, counted - done))
-        logits[indices[:count]] = out[:count]
-        if examples is not None:
-            examples[indices[:count]] = x[:count]
-        progress(count)
-    return logits

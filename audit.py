@@ -58,7 +58,7 @@ class Bench:
     def attacked(self, objective, epsilon=None, num_steps=20, restart=0, **params):
         """x_adv of PGD on the objective as eval_attacks.py runs it: uniform start, step ε/10."""
         epsilon = epsilon or self.args.epsilon
-        attack = eval_attacks.make_attack(self.forward, params | {
+        attack = scores.make_attack(self.forward, params | {
             "objective": objective, "epsilon": epsilon, "step_size": str(Fraction(epsilon) / 10),
             "num_steps": num_steps, "random_start": "uniform", "seed": self.args.seed})
         return self.in_batches(functools.partial(attack, restart=restart))

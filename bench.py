@@ -153,7 +153,7 @@ def ours(args, precision, compiled):
 
     def evaluation():
         with models.frozen(model):
-            attacks.attacked_logits(model, pixels, y_eval, pgd, args.eval_batch_size)
+            scores.attacked_logits(model, pixels, y_eval, pgd, args.eval_batch_size)
 
     return {"training step": step, "attack alone": attack, "evaluation": evaluation}, how
 

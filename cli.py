@@ -21,11 +21,19 @@ FAULTS = OSError, torch.OutOfMemoryError  # of the machine, in the middle of the
 COMPILE_PAYS_MINUTES = 10  # of the eager run's time; compiling all graphs takes one to two minutes
 
 
+class _Help(argparse.RawDescriptionHelpFormatter):
+    def _get_help_string(self, action):  # a default stands in the code once
+        default = action.default
+        if default in (None, False, argparse.SUPPRESS) or action.required or "(default:" in action.help:
+            return action.help
+        return f"{action.help} (default: {' '.join(f'{v:g}' if isinstance(v, float) else str(v) for v in ([default] if not isinstance(default, list) else default))})"
+
+
 class Parser(argparse.ArgumentParser):
     """argparse, with errors on one line and the default of every flag in its help."""
 
     def __init__(self, **kwargs):
-        super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False, **kwargs)
+        super().__init__(formatter_class=_Help, allow_abbrev=False, **kwargs)
 
     def error(self, message):
         message = " ".join(str(message).split())

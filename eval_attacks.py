@@ -20,11 +20,14 @@ import attacks
 import checkpoints
 import cli
 import data
-import losses
 import models
 import scores
 
 ATTACKS = ("natural", "fgsm", "pgd", "cw", "pgd-kl", "pgd-ls", "apgd", "autoattack")
+EXAMPLES = """examples:
+  python eval_attacks.py --model-path runs/NAME/best.pt                 # Natural, FGSM, PGD-20, CW-inf
+  python eval_attacks.py --model-path trades.pt --attacks natural autoattack --num-images 1000 --json result.json
+  python eval_attacks.py --model-path runs/NAME/best.pt --attacks pgd-kl pgd-ls --alphas 0 0.1 0.3"""
 PROTOCOLS = {  # flags that stand for a published evaluation; a typed one wins
     "paper": {},
     "rst": dict(attacks=["natural", "pgd"], epsilon="0.031", step_size="0.003", num_steps=20),
@@ -35,44 +38,52 @@ PROTOCOLS = {  # flags that stand for a published evaluation; a typed one wins
 
 def add_model_flags(parser, images="all"):
     """What a model is evaluated on, here and in audit.py; images: how many by default, for the help."""
-    add = parser.add_argument
+    add = parser.add_argument_group("what to evaluate").add_argument
     add("--model-path", required=True, metavar="FILE", help="a checkpoint of train_cifar.py, or a released state dict")
-    add("--num-images", type=cli.positive_int, metavar="N", help=f"the first N test images (default: {images})")
-    add("--seed", type=cli.natural_int, default=0, help="of the random starts (default: 0)")
     add("--dataset", help="cifar10, cifar100, digits or a folder (default: the one the model was trained on)")
-    add("--data-dir", default="data", metavar="DIR", help="where CIFAR is, or is downloaded to (default: data)")
+    add("--data-dir", default="data", metavar="DIR", help="where CIFAR is, or is downloaded to")
+    add("--num-images", type=cli.positive_int, metavar="N", help=f"take the first N test images (default: {images})")
     add("--arch", help="refuse the file if it holds another architecture (default: take what it holds)")
-    add("--num-classes", type=cli.positive_int, help="refuse the file if it has another number (default: as it has)")
+    add("--num-classes", type=cli.positive_int, metavar="K",
+        help="refuse the file if it has another number of classes (default: take what it has)")
     add("--normalize", nargs=2, type=cli.three_numbers, metavar=("MEAN", "STD"),
-        help="of a released model's training images, such as 0.4914,0.4822,0.4465 0.2471,0.2435,0.2616 (default: none)")
+        help="how a released model's training images were normalised, such as 0.4914,0.4822,0.4465 "
+        "0.2471,0.2435,0.2616 (default: not at all)")
+
+
+def add_machine_flags(parser):
+    add = cli.add_runtime_flags(parser, default="auto").add_argument
+    add("--batch-size", type=cli.positive_int, default=256, metavar="N",
+        help="images at a time; alters the outcome of apgd and autoattack only")
+    add = parser.add_argument_group("output").add_argument
     add("--json", metavar="FILE", help="write the result there, part by part (default: no file)")
-    cli.add_runtime_flags(parser, default="auto")
+    return add
 
 
 def parse_args(argv=None):
-    parser = cli.Parser(prog="eval_attacks.py", description=__doc__)
-    add = parser.add_argument
+    parser = cli.Parser(prog="eval_attacks.py", description=__doc__, epilog=EXAMPLES)
     add_model_flags(parser)
+    add = parser.add_argument_group("attacks").add_argument
     add("--attacks", nargs="+", choices=ATTACKS, default=["natural", "fgsm", "pgd", "cw"], metavar="ATTACK",
-        help=f"of {', '.join(ATTACKS)} (default: natural fgsm pgd cw, the columns of the paper's Table 3); apgd is "
-        "APGD-CE and APGD-T, the first half of AutoAttack")
-    add("--protocol", choices=PROTOCOLS, default="paper",
-        help="paper: the defaults below; rst: Table 4's PGD-20 at ε 0.031 with step 0.003; rst-restarts: RST's own 40 "
-        "steps of 0.01, 5 restarts, broken if any step breaks (default: paper)")
-    add("--alphas", nargs="+", type=cli.unit_float, metavar="A", help="values of α for pgd-ls, which needs them")
+        help=f"which attacks to run, of {', '.join(ATTACKS)}; apgd is APGD-CE and APGD-T, the first half of AutoAttack")
+    add("--protocol", choices=PROTOCOLS, default="paper", help="settings to start from; paper: the defaults below; rst: "
+        "Table 4's PGD-20 at ε 0.031; rst-restarts: RST's own 40 steps, 5 restarts, broken if any step breaks")
+    add("--epsilon", type=cli.ratio, metavar="E", help="radius of the L-inf ball (default: "
+        f"{data.EPSILON['cifar10']}; digits: {data.EPSILON['digits']})")
+    add("--epsilons", nargs="+", type=cli.ratio, metavar="E", help="run every attack at each of these radii")
+    add("--num-steps", type=cli.positive_int, default=20, metavar="N", help="steps of pgd, pgd-kl and pgd-ls")
+    add("--steps-sweep", nargs="+", type=cli.positive_int, metavar="N", help="run these three with each number of steps")
+    add("--cw-steps", type=cli.positive_int, default=30, metavar="N", help="steps of cw")
+    add("--step-size", type=cli.ratio, metavar="S", help="step of pgd, pgd-kl, pgd-ls and cw (default: epsilon / 10)")
+    add("--random-start", choices=attacks.RANDOM_STARTS, default="uniform", help="where these four start")
+    add("--restarts", type=cli.positive_int, default=1, metavar="R", help="run these four from R starts, each counts")
+    add("--any-step", action="store_true", help="count any step that breaks an image, as RST does; crafts in float32")
+    add("--alphas", nargs="+", type=cli.unit_float, metavar="A", help="run pgd-ls, which needs them, with each α")
     add("--kappas", nargs="+", type=cli.natural_float, metavar="K", default=[50.0],
-        help="of cw; one below 1 is crafted in float32 (default: 50)")
-    add("--epsilon", type=cli.ratio, help="radius of the L-inf ball (default: 8/255; digits: 0.05)")
-    add("--epsilons", nargs="+", type=cli.ratio, metavar="E", help="a sweep: every attack at each of these radii")
-    add("--num-steps", type=cli.positive_int, default=20, help="of pgd, pgd-kl and pgd-ls (default: 20)")
-    add("--steps-sweep", nargs="+", type=cli.positive_int, metavar="N", help="a sweep: these three with each number")
-    add("--cw-steps", type=cli.positive_int, default=30, help="of cw (default: 30)")
-    add("--step-size", type=cli.ratio, help="of pgd*, cw (default: epsilon / 10)")
-    add("--random-start", choices=attacks.RANDOM_STARTS, default="uniform", help="of pgd*, cw (default: uniform)")
-    add("--restarts", type=cli.positive_int, default=1, metavar="R", help="of pgd*, cw: each start counts (default: 1)")
-    add("--any-step", action="store_true", help="... or if any step does, RST's rule; crafted in float32")
+        help="run cw with each confidence κ; one below 1 is crafted in float32")
     add("--pool", action="store_true", help="attack only what the attacks before left standing; the rows accumulate")
-    add("--batch-size", type=cli.positive_int, default=256, help="alters apgd and autoattack only (default: 256)")
+    add("--seed", type=cli.natural_int, default=0, help="seed of the random starts")
+    add = add_machine_flags(parser)
     add("--save-examples", metavar="FILE", help="write each image's predictions and margins to this .npz")
     add("--save-images", action="store_true", help="put the attacked images into it, float32, 12 kB each")
     typed = parser.parse_args(argv)
@@ -91,63 +102,42 @@ def parse_args(argv=None):
     return parser, args
 
 
+def rows_at(epsilon, args):
+    """{flag of --attacks: [(name, parameters), ...]} at one radius."""
+    base = {"epsilon": epsilon, "step_size": args.step_size or str(Fraction(epsilon) / 10), "num_steps": args.num_steps,
+            "random_start": args.random_start, "seed": args.seed}
+    base |= {"restarts": args.restarts} if args.restarts > 1 else {}
+    fp32 = {"precision": "fp32"}  # where one step decides: in bf16 it may fall short of float32's boundary
+    base |= {"any_step": True} | fp32 if args.any_step else {}
+    rule = (f" x{args.restarts}" if args.restarts > 1 else "") + (" any step" if args.any_step else "")
+    official = {"epsilon": epsilon, "version": "standard", "seed": args.seed, "batch_size": args.batch_size}
+    official |= {"processes": world} if (world := cli.rank_and_world()[1]) > 1 else {}
+    sweep = [(n, base | {"num_steps": n}) for n in args.steps_sweep or [args.num_steps]]
+    return {
+        "fgsm": [("FGSM", dict(epsilon=epsilon, objective="ce", step_size=epsilon, num_steps=1, random_start="none"))],
+        "pgd": [(f"PGD-{n}{rule}", {"objective": "ce"} | steps) for n, steps in sweep],
+        "cw": [(f"CW-inf{'' if kappa == 50 else f' κ {kappa:g}'}{rule}", {"objective": "cw", "kappa": kappa} | base
+                | {"num_steps": args.cw_steps} | (fp32 if kappa < 1 else {})) for kappa in args.kappas],
+        "pgd-kl": [(f"PGD-{n}-KL{rule}", {"objective": "kl"} | steps) for n, steps in sweep],
+        "pgd-ls": [(f"PGD-{n}-LS {alpha:g}{rule}", {"objective": "lsce", "alpha": alpha} | steps)
+                   for n, steps in sweep for alpha in args.alphas or ()],
+        "apgd": [("APGD-CE + APGD-T", {"components": ["apgd-ce", "apgd-t"]} | official)],
+        "autoattack": [("AutoAttack", {"components": list(attacks.COMPONENTS)} | official)],
+    }
+
+
 def attack_list(args):
-    """The attacks asked for, radius by radius in the paper's order: (name, parameters as they go into the JSON)."""
-    listed = [("Natural", {})] if "natural" in args.attacks else []
+    """The Attacks asked for, radius by radius in the paper's order."""
+    listed = [scores.Attack("Natural", {})] if "natural" in args.attacks else []
     for epsilon in args.epsilons or [args.epsilon]:
-        radius = {"epsilon": epsilon}
-        base = radius | {"step_size": args.step_size or str(Fraction(epsilon) / 10), "num_steps": args.num_steps,
-                         "random_start": args.random_start, "seed": args.seed}
-        base |= {"restarts": args.restarts} if args.restarts > 1 else {}
-        exact = {"precision": "fp32"}  # where one step decides: in bf16 it may fall short of float32's boundary
-        base |= {"any_step": True} | exact if args.any_step else {}
-        rule = (f" x{args.restarts}" if args.restarts > 1 else "") + (" any step" if args.any_step else "")
-        official = radius | {"version": "standard", "seed": args.seed, "batch_size": args.batch_size}
-        official |= {"processes": world} if (world := cli.rank_and_world()[1]) > 1 else {}
-        rows = {name: [] for name in ATTACKS}
-        rows["fgsm"] = [("FGSM", radius | dict(objective="ce", step_size=epsilon, num_steps=1, random_start="none"))]
-        for n in args.steps_sweep or [args.num_steps]:
-            steps = base | {"num_steps": n}
-            rows["pgd"] += [(f"PGD-{n}{rule}", {"objective": "ce"} | steps)]
-            rows["pgd-kl"] += [(f"PGD-{n}-KL{rule}", {"objective": "kl"} | steps)]
-            rows["pgd-ls"] += [(f"PGD-{n}-LS {alpha:g}{rule}", {"objective": "lsce", "alpha": alpha} | steps)
-                               for alpha in args.alphas or ()]
-        rows["cw"] = [(f"CW-inf{'' if kappa == 50 else f' κ {kappa:g}'}{rule}", {"objective": "cw", "kappa": kappa}
-                       | base | {"num_steps": args.cw_steps} | (exact if kappa < 1 else {})) for kappa in args.kappas]
-        rows["apgd"] = [("APGD-CE + APGD-T", {"components": ["apgd-ce", "apgd-t"]} | official)]
-        rows["autoattack"] = [("AutoAttack", {"components": list(attacks.COMPONENTS)} | official)]
         suffix = f" ε {epsilon}" if args.epsilons else ""
-        listed += [(name + suffix, params) for key in ATTACKS if key in args.attacks for name, params in rows[key]]
+        listed += [scores.Attack(name + suffix, params) for flag, rows in rows_at(epsilon, args).items()
+                   if flag in args.attacks for name, params in rows]
     if args.pool:
-        listed = [(name, params | {"pool": [before for before, _ in listed[:i]]} if params else params)
-                  for i, (name, params) in enumerate(listed)]
+        names = [attack.name for attack in listed]
+        listed = [attack._replace(params=attack.params | {"pool": names[:i]}) if attack.params else attack
+                  for i, attack in enumerate(listed)]
     return listed
-
-
-def make_attack(forward, params):
-    """The function (x, y, indices, restart=0) -> x_adv for parameters as in the JSON."""
-    epsilon = float(Fraction(params["epsilon"]))
-    objective = {
-        "ce": losses.cross_entropy,
-        "kl": losses.kl_divergence,
-        "lsce": functools.partial(losses.lsce, alpha=params.get("alpha", 0.0)),
-        "cw": functools.partial(losses.cw_margin, kappa=params.get("kappa", 50.0)),
-    }[params["objective"]]
-
-    def attack(x, y, indices, restart=0):
-        start = attacks.start_per_image(params["random_start"], x, epsilon, indices, params.get("seed", 0), restart)
-        with torch.no_grad():
-            target = forward(x).float().softmax(1) if params["objective"] == "kl" else y
-
-        def iterate(model):
-            return attacks.pgd(model, x, target, objective, epsilon=epsilon, random_start=start,
-                               step_size=float(Fraction(params["step_size"])), num_steps=params["num_steps"])
-
-        if params.get("any_step"):
-            return attacks.worst_iterate(iterate, forward, functools.partial(losses.margin, y=y))
-        return iterate(forward)
-
-    return attack
 
 
 def load(args):
@@ -165,10 +155,11 @@ def load(args):
     return model, info, test.subset(slice(args.num_images)), dataset
 
 
-def official_attack(model, test, only, params, bar):
-    """pyautoattack, in float32, on the images at the positions `only`: (a function (x, y, indices) -> x_adv that looks
-    its results up, {component: how many of them stand after it})."""
-    x_adv, after = data.to_float(test.images), {}
+def official_attack(model, test, chosen, params, bar):
+    """pyautoattack, in float32, on the images of the mask `chosen`: (a function (x, y, indices) -> x_adv that looks its
+    results up, {component: the share of all images that stand after it})."""
+    (rank, world), x_adv, after = cli.rank_and_world(), data.to_float(test.images), {}
+    mine = chosen.nonzero()[:, 0][rank::world]
 
     def logits(x):
         bar.update(len(x))
@@ -178,92 +169,97 @@ def official_attack(model, test, only, params, bar):
         after[component] = robust.sum()
         bar.set_postfix_str(f"{robust.float().mean():.1%} stand after {component}")
 
-    x_adv[only] = attacks.autoattack(
-        logits, x_adv[only], test.labels[only], epsilon=float(Fraction(params["epsilon"])), seed=params["seed"],
+    x_adv[mine] = attacks.autoattack(
+        logits, x_adv[mine], test.labels[mine], epsilon=float(Fraction(params["epsilon"])), seed=params["seed"],
         batch_size=params["batch_size"], components=params["components"], on_component=note)
+    after = {name: cli.sum_over_processes(count).item() / len(test.labels) for name, count in after.items()}
     return (lambda x, y, indices: x_adv[indices]), after
 
 
-def run_attack(model, forward, test, params, standing, args, bar, x_adv):
-    """(logits (N, K) of the attacked images, extra entries of the row); only the images at the positions `standing`
-    are attacked, the rows of the others are zero. Of several restarts each attacks what those before left standing.
-    x_adv, float32 like the images or None, receives the attacked ones."""
-    rank, world = cli.rank_and_world()
-    attack, cost, extra, logits = None, 1, {}, 0
-    if "components" in params:
-        attack, after = official_attack(model, test, standing[rank::world], params, bar)
-        extra["after"] = {k: cli.sum_over_processes(v).item() / len(test.labels) for k, v in after.items()}
-    elif params:
-        attack, cost = make_attack(forward, params), 1 + params["num_steps"]
-    for restart in range(params.get("restarts", 1)):
-        of_restart = functools.partial(attack, restart=restart) if restart else attack
-        found = None if x_adv is None else torch.zeros_like(x_adv)
-        size = args.batch_size if args.compile == "on" else min(args.batch_size, -(-len(standing) // world))
-        latest = cli.sum_over_processes(attacks.attacked_logits(
-            model, test.images, test.labels, of_restart, size, lambda n: bar.update(n * cost), rank, world,
-            standing, found))
-        if found is not None:
-            x_adv[standing] = cli.sum_over_processes(found)[standing]
-        logits = torch.where(latest.any(1, keepdim=True), latest, logits)
-        standing = standing[latest[standing].argmax(1) == test.labels[standing]]
-        if len(standing) == 0:
-            break
-    return logits, extra
+def run_attack(attack, forward, images, chosen, bar):
+    """One row's attack, crafted by the callable `forward`, on the images of the mask `chosen`; of several restarts each
+    on what those before left standing. Returns extra entries of the row."""
+    if not attack.params:
+        images.attack(None, chosen, bar.update)
+    elif "components" in attack.params:
+        look_up, after = official_attack(images.model, images.test, chosen, attack.params, bar)
+        images.attack(look_up, chosen, bar.update)
+        return {"after": after}
+    else:
+        craft, passes = scores.make_attack(forward, attack.params), 1 + attack.params["num_steps"]
+        for restart in range(attack.params.get("restarts", 1)):
+            images.attack(functools.partial(craft, restart=restart), chosen, lambda n: bar.update(n * passes))
+            chosen = chosen & images.right()
+    return {}
+
+
+def forward_passes(args, model, test, todo):
+    """The callables x -> logits that craft: (in args.precision, in float32)."""
+    n, world = len(test.labels), cli.rank_and_world()[1]
+    x = data.to_float(test.images[:min(args.batch_size, -(-n // world))])
+    passes = sum(attack.passes for attack in todo if "components" not in attack.params)
+    _, forward = cli.pick_forward(args, model, x, passes * n / len(x) / world)
+    if args.precision != "fp32" and any("precision" in attack.params for attack in todo):
+        return forward, cli.float32_pass(args, model, x)
+    return forward, forward
 
 
 def evaluate(model, test, args, result, device):
     """Run the attacks of args on the test images and append their outcomes to result["attacks"]."""
-    todo, (rank, world), n = attack_list(args), cli.rank_and_world(), len(test.labels)
-    model, test = model.to(device), test.to(device)
-    batch_size = min(args.batch_size, -(-n // world))
-    cost = [sum(attacks.COMPONENTS[c] for c in params["components"]) + 1 if "components" in params
-            else (1 + params.get("num_steps", 0)) * params.get("restarts", 1) for _, params in todo]
-    passes = sum(weight for (_, params), weight in zip(todo, cost, strict=True) if "components" not in params)
-    x = data.to_float(test.images[:batch_size])
-    forward = exact = cli.pick_forward(args, model, x, passes * n / batch_size / world)[1]
-    if args.precision != "fp32" and any("precision" in params for _, params in todo):
-        exact = cli.float32_pass(args, model, x)
+    todo, model, test = attack_list(args), model.to(device), test.to(device)
+    forward, forward_fp32 = forward_passes(args, model, test, todo)
     result |= {"precision": args.precision, "compile": args.compile}
-    correct, logits, saved = torch.ones(n, dtype=torch.bool, device=device), None, {"labels": test.labels.cpu().numpy()}
-    x_adv, natural = data.to_float(test.images) if args.save_images else None, None
-    with models.frozen(model), tqdm(total=sum(cost) * -(-n // world), unit="pass", unit_scale=True,
-                                    dynamic_ncols=True, disable=rank > 0) as bar:
-        for (name, params), weight in zip(todo, cost, strict=True):
-            bar.set_description(name)
-            start, begun, extra = time.perf_counter(), bar.n, {}
-            standing = correct.nonzero()[:, 0] if args.pool else torch.arange(n, device=device)
-            if len(standing):
-                of_precision = exact if "precision" in params else forward
-                latest, extra = run_attack(model, of_precision, test, params, standing, args, bar, x_adv)
-                logits = latest if logits is None else torch.where(latest.any(1, keepdim=True), latest, logits)
-            natural = logits if not params else natural
-            if params and natural is not None and not args.pool:
-                extra |= scores.shares(natural, logits, test.labels, params.get("alpha"))
-            correct = logits.argmax(1) == test.labels
-            seconds = time.perf_counter() - start
-            result["attacks"].append(scores.outcome(name, params, correct.cpu(), seconds) | extra)
-            bar.update(begun + weight * -(-n // world) - bar.n)  # what was skipped
-            bar.set_postfix_str(f"{name} {correct.float().mean():.1%}, {n / seconds:.0f} img/s")
-            if not params and (accuracy := correct.float().mean().item()) <= 1 / logits.shape[1] + 0.05:
-                bar.write(f"warning: {accuracy:.1%} natural accuracy is near chance: probably wrong "
-                          "preprocessing (--normalize), or the labels are in another order", file=sys.stderr)
+    images = scores.AttackedImages(model, test, args.batch_size, args.compile == "on", args.save_images)
+    natural, examples = None, {"labels": test.labels.cpu().numpy()}
+    with models.frozen(model), Progress(todo, len(test.labels)) as bar:
+        for attack in todo:
+            start = bar.begin(attack)
+            chosen = images.right() if args.pool else torch.ones_like(test.labels, dtype=torch.bool)
+            of_precision = forward_fp32 if "precision" in attack.params else forward
+            extra = run_attack(attack, of_precision, images, chosen, bar) if chosen.any() else {}
+            if not attack.params:
+                natural = images.logits
+            elif natural is not None and not args.pool:
+                extra |= scores.shares(natural, images.logits, test.labels, attack.params.get("alpha"))
+            row = scores.outcome(attack.name, attack.params, images.right().cpu(), time.perf_counter() - start) | extra
+            result["attacks"].append(row)
+            bar.end(attack, row, len(test.classes))
             if args.save_examples:
-                saved[f"predictions/{name}"] = logits.argmax(1).cpu().numpy()
-                saved[f"margins/{name}"] = losses.margin(logits, test.labels).cpu().numpy()
-                if args.save_images:
-                    saved[f"images/{name}"] = x_adv.cpu().numpy().copy()
-            write(args, result, saved, rank)
-        if sum(bool(params) for _, params in todo) > 1 and not args.epsilons:
+                examples |= images.examples(attack.name)
+            write(args, result, examples)
+        if sum(bool(attack.params) for attack in todo) > 1 and not args.epsilons:
             result["attacks"].append(scores.worst_case(result["attacks"]))
         result["complete"] = True
-        write(args, result, saved, rank)
+        write(args, result, examples)
 
 
-def write(args, result, saved, rank):
-    if rank == 0:
+class Progress(tqdm):
+    """A bar over the forward passes of all attacks."""
+
+    def __init__(self, todo, n):
+        rank, world = cli.rank_and_world()
+        self.images, self.passes_done = -(-n // world), 0
+        super().__init__(total=sum(attack.passes for attack in todo) * self.images, unit="pass", unit_scale=True,
+                         dynamic_ncols=True, disable=rank > 0)
+
+    def begin(self, attack):
+        self.set_description(attack.name)
+        return time.perf_counter()
+
+    def end(self, attack, row, num_classes):
+        self.passes_done += attack.passes * self.images
+        self.update(self.passes_done - self.n)  # what was skipped, as images fell before
+        self.set_postfix_str(f"{row['name']} {row['accuracy']:.1%}, {row['n'] / max(row['seconds'], 0.01):.0f} img/s")
+        if not attack.params and row["accuracy"] <= 1 / num_classes + 0.05:
+            self.write(f"warning: {row['accuracy']:.1%} natural accuracy is near chance: probably wrong preprocessing "
+                       "(--normalize), or the labels are in another order", file=sys.stderr)
+
+
+def write(args, result, examples):
+    if cli.rank_and_world()[0] == 0:
         scores.write(args.json, result)
-    if args.save_examples and rank == 0:
-        checkpoints.write_atomically(args.save_examples, lambda file: np.savez_compressed(file, **saved))
+        if args.save_examples:
+            checkpoints.write_atomically(args.save_examples, lambda file: np.savez_compressed(file, **examples))
 
 
 def main(argv=None):

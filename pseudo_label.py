@@ -13,11 +13,11 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-import attacks
 import checkpoints
 import cli
 import data
 import models
+import scores
 
 
 def parse_args(argv=None):
@@ -65,7 +65,7 @@ def main(argv=None):
         labels = torch.empty(len(images), dtype=torch.long)
         with models.frozen(model), tqdm(total=len(images), unit="img", unit_scale=True, dynamic_ncols=True) as bar:
             for positions in torch.arange(len(images)).split(args.batch_size * 16):  # so that few are float at a time
-                logits = attacks.attacked_logits(model, images[positions].to(device), labels[positions].to(device),
+                logits = scores.attacked_logits(model, images[positions].to(device), labels[positions].to(device),
                                                  batch_size=args.batch_size, progress=bar.update)
                 labels[positions] = logits.argmax(1).cpu()
         arrays["extrapolated_targets"] = labels.numpy()

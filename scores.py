@@ -1,16 +1,21 @@
-"""The JSON of an evaluation: its entries, its reading, its table. Shared by the scripts that write and compare it."""
+"""What an evaluation counts, and how it is kept: the logits of attacked images, the JSON, the table."""
 
+import functools
 import json
 import pathlib
 import platform
 import shlex
 import sys
 from fractions import Fraction
+from typing import NamedTuple
 
 import numpy as np
 import torch
 
+import attacks
 import checkpoints
+import cli
+import data
 import losses
 
 # Table 3 of the paper, WRN-34-10 at ε 8/255: (data set, defense, α) -> Natural, FGSM, PGD-20, CW-inf
@@ -26,6 +31,117 @@ TABLE_3 = {
     ("cifar100", "trades", 0.1): (55.54, 33.35, 31.20, 28.14),
     ("cifar100", "mart", 0.2): (60.28, 36.91, 34.66, 30.93),
 }
+
+
+class Attack(NamedTuple):
+    """A row of the table: its name, and its parameters as they go into the JSON; {} for the natural images."""
+
+    name: str
+    params: dict
+
+    @property
+    def passes(self):
+        """At most how many forward passes it takes an image."""
+        if "components" in self.params:
+            return 1 + sum(attacks.COMPONENTS[name] for name in self.params["components"])
+        return (1 + self.params.get("num_steps", 0)) * self.params.get("restarts", 1)
+
+
+def make_attack(forward, params):
+    """The function (x, y, indices, restart=0) -> x_adv for parameters as in the JSON."""
+    epsilon = float(Fraction(params["epsilon"]))
+    objective = {
+        "ce": losses.cross_entropy,
+        "kl": losses.kl_divergence,
+        "lsce": functools.partial(losses.lsce, alpha=params.get("alpha", 0.0)),
+        "cw": functools.partial(losses.cw_margin, kappa=params.get("kappa", 50.0)),
+    }[params["objective"]]
+
+    def attack(x, y, indices, restart=0):
+        start = attacks.start_per_image(params["random_start"], x, epsilon, indices, params.get("seed", 0), restart)
+        with torch.no_grad():
+            target = forward(x).float().softmax(1) if params["objective"] == "kl" else y
+
+        def iterate(model):
+            return attacks.pgd(model, x, target, objective, epsilon=epsilon, random_start=start,
+                               step_size=float(Fraction(params["step_size"])), num_steps=params["num_steps"])
+
+        if params.get("any_step"):
+            return attacks.worst_iterate(iterate, forward, functools.partial(losses.margin, y=y))
+        return iterate(forward)
+
+    return attack
+
+
+def attacked_logits(model, images, labels, attack=None, batch_size=256, progress=lambda n: None, only=None,
+                    examples=None):
+    """The model's float32 logits (N, K) for attacked images: what every accuracy is counted from.
+
+    images: (N, C, H, W) uint8, labels: (N,), both on one device. attack(x, y, indices) -> x_adv, indices being the
+    images' positions, on the CPU; None for the natural images. model scores the final images: give it in float32 and
+    frozen, whatever crafts inside `attack`. only: the positions to attack (default: all), at least one; the rows of
+    the others are zero. Several processes share the work, and each returns the whole. All batches have one size (the
+    last is filled up with images that are not counted), so that compiled code is not compiled twice.
+    progress(n) is called after every n images; examples, zeros like the images in float32, receives the attacked ones.
+    """
+    n, logits, (rank, world) = len(images), None, cli.rank_and_world()
+    batch_size = min(batch_size, -(-n // world))
+    only = torch.arange(n, device=images.device) if only is None else only
+    mine = only[rank::world]
+    counted, total = len(mine), max(1, -(-len(mine) // batch_size)) * batch_size
+    filled = torch.cat([mine, only.repeat(-(-total // len(only)))])[:total]
+    positions = filled.cpu()  # all at once: to fetch them batch by batch would wait for the GPU each time
+    for done in range(0, total, batch_size):
+        indices = filled[done : done + batch_size]
+        x = data.to_float(images[indices])
+        if attack is not None:
+            x = attack(x, labels[indices], positions[done : done + batch_size])
+        with torch.no_grad():
+            out = model(x).float()
+        logits = out.new_zeros(n, out.shape[1]) if logits is None else logits
+        count = max(0, min(batch_size, counted - done))
+        logits[indices[:count]] = out[:count]
+        if examples is not None:
+            examples[indices[:count]] = x[:count]
+        progress(count)
+    if examples is not None:
+        cli.sum_over_processes(examples)
+    return cli.sum_over_processes(logits)
+
+
+class AttackedImages:
+    """The test images as the attacks leave them: of each the logits of its latest version and, with keep, that version.
+    model scores, in float32 and frozen. compiled: whether what crafts was compiled for batches of batch_size."""
+
+    def __init__(self, model, test, batch_size, compiled, keep=False):
+        self.model, self.test, self.batch_size, self.compiled = model, test, batch_size, compiled
+        self.logits = None
+        self.x_adv = data.to_float(test.images) if keep else None
+
+    def attack(self, attack, chosen, progress):
+        """Attack the images of the mask `chosen`, from their natural version; attack: see attacked_logits."""
+        positions = chosen.nonzero()[:, 0]
+        if len(positions) == 0:
+            return
+        world, found = cli.rank_and_world()[1], None if self.x_adv is None else torch.zeros_like(self.x_adv)
+        batch_size = self.batch_size if self.compiled else min(self.batch_size, -(-len(positions) // world))
+        logits = attacked_logits(self.model, self.test.images, self.test.labels, attack, batch_size, progress,
+                                 positions, found)
+        self.logits = logits if self.logits is None else torch.where(chosen[:, None], logits, self.logits)
+        if found is not None:
+            self.x_adv[chosen] = found[chosen]
+
+    def right(self):
+        """(N,) bool: which are classified correctly; all before the first attack."""
+        if self.logits is None:
+            return torch.ones_like(self.test.labels, dtype=torch.bool)
+        return self.logits.argmax(1) == self.test.labels
+
+    def examples(self, name):
+        """What --save-examples keeps of them after the attack `name`."""
+        kept = {"predictions": self.logits.argmax(1), "margins": losses.margin(self.logits, self.test.labels)}
+        kept |= {} if self.x_adv is None else {"images": self.x_adv}
+        return {f"{what}/{name}": values.cpu().numpy().copy() for what, values in kept.items()}
 
 
 def device_name(device):

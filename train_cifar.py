@@ -178,7 +178,7 @@ def validate(model, forward, val, args):
     batch_size = args.batch_size // world  # the training step's, for which the model is compiled
     with models.frozen(model):
         for name, attack in (("natural", None), ("robust", pgd20)) if len(val.labels) else ():
-            logits = cli.sum_over_processes(attacks.attacked_logits(
+            logits = cli.sum_over_processes(scores.attacked_logits(
                 model, val.images, val.labels, attack, batch_size, rank=rank, world=world))
             row[f"val_{name}_accuracy"] = (logits.argmax(1) == val.labels).float().mean().item()
             row[f"val_{name}_loss"] = losses.cross_entropy(logits, val.labels).mean().item()
