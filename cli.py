@@ -23,10 +23,10 @@ COMPILE_PAYS_MINUTES = 10  # of the eager run's time; compiling all graphs takes
 
 class _Help(argparse.RawDescriptionHelpFormatter):
     def _get_help_string(self, action):  # a default stands in the code once
-        default = action.default
-        if default in (None, False, argparse.SUPPRESS) or action.required or "(default:" in action.help:
+        if "(default:" in action.help or any(action.default is none for none in (None, False, argparse.SUPPRESS)):
             return action.help
-        return f"{action.help} (default: {' '.join(f'{v:g}' if isinstance(v, float) else str(v) for v in ([default] if not isinstance(default, list) else default))})"
+        values = action.default if isinstance(action.default, list) else [action.default]
+        return f"{action.help} (default: {' '.join(map(str, values))})"
 
 
 class Parser(argparse.ArgumentParser):
@@ -83,11 +83,15 @@ def check_output(flag, path):
 
 
 def add_runtime_flags(parser, default=None):
-    parser.add_argument("--precision", choices=("auto", "fp32", "bf16"), default=default,
-                        help="bf16: autocast, weights stay float32; auto: the faster on this machine (default: auto)")
-    parser.add_argument("--compile", choices=("auto", "on", "off"), default=default,
-                        help="torch.compile; auto: if there is enough work to pay for it (default: auto)")
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default=default, help="(default: auto)")
+    """The flags of how to compute, the same for all scripts, as a group of the help; returns the group."""
+    group = parser.add_argument_group("machine")
+    group.add_argument("--precision", choices=("auto", "fp32", "bf16"), default=default,
+                       help="bf16: autocast, weights stay float32; auto: the faster on this machine (default: auto)")
+    group.add_argument("--compile", choices=("auto", "on", "off"), default=default,
+                       help="torch.compile; auto: if there is enough work to pay for it (default: auto)")
+    group.add_argument("--device", choices=("auto", "cpu", "cuda"), default=default,
+                       help="auto: the GPU, if there is one (default: auto)")
+    return group
 
 
 def pick_device(name):

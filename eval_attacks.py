@@ -1,6 +1,8 @@
 """Accuracy of a trained model under attack: one table on the screen, and one JSON file.
 
-    python eval_attacks.py --model-path runs/NAME/best.pt
+    python eval_attacks.py --model-path runs/NAME/best.pt                 # Natural, FGSM, PGD-20, CW-inf
+    python eval_attacks.py --model-path trades.pt --attacks natural autoattack --num-images 1000 --json result.json
+    python eval_attacks.py --model-path runs/NAME/best.pt --attacks pgd-kl pgd-ls --alphas 0 0.1 0.3
 
 The attacks may craft in bf16; the accuracy is always counted in float32 on the final images.
 """
@@ -24,10 +26,6 @@ import models
 import scores
 
 ATTACKS = ("natural", "fgsm", "pgd", "cw", "pgd-kl", "pgd-ls", "apgd", "autoattack")
-EXAMPLES = """examples:
-  python eval_attacks.py --model-path runs/NAME/best.pt                 # Natural, FGSM, PGD-20, CW-inf
-  python eval_attacks.py --model-path trades.pt --attacks natural autoattack --num-images 1000 --json result.json
-  python eval_attacks.py --model-path runs/NAME/best.pt --attacks pgd-kl pgd-ls --alphas 0 0.1 0.3"""
 PROTOCOLS = {  # flags that stand for a published evaluation; a typed one wins
     "paper": {},
     "rst": dict(attacks=["natural", "pgd"], epsilon="0.031", step_size="0.003", num_steps=20),
@@ -61,18 +59,18 @@ def add_machine_flags(parser):
 
 
 def parse_args(argv=None):
-    parser = cli.Parser(prog="eval_attacks.py", description=__doc__, epilog=EXAMPLES)
+    parser = cli.Parser(prog="eval_attacks.py", description=__doc__)
     add_model_flags(parser)
     add = parser.add_argument_group("attacks").add_argument
     add("--attacks", nargs="+", choices=ATTACKS, default=["natural", "fgsm", "pgd", "cw"], metavar="ATTACK",
         help=f"which attacks to run, of {', '.join(ATTACKS)}; apgd is APGD-CE and APGD-T, the first half of AutoAttack")
-    add("--protocol", choices=PROTOCOLS, default="paper", help="settings to start from; paper: the defaults below; rst: "
-        "Table 4's PGD-20 at ε 0.031; rst-restarts: RST's own 40 steps, 5 restarts, broken if any step breaks")
+    add("--protocol", choices=PROTOCOLS, default="paper", help="settings to start from; paper: the defaults below; "
+        "rst: Table 4's PGD-20 at ε 0.031; rst-restarts: RST's own 40 steps, 5 restarts, broken if any step breaks")
     add("--epsilon", type=cli.ratio, metavar="E", help="radius of the L-inf ball (default: "
         f"{data.EPSILON['cifar10']}; digits: {data.EPSILON['digits']})")
     add("--epsilons", nargs="+", type=cli.ratio, metavar="E", help="run every attack at each of these radii")
     add("--num-steps", type=cli.positive_int, default=20, metavar="N", help="steps of pgd, pgd-kl and pgd-ls")
-    add("--steps-sweep", nargs="+", type=cli.positive_int, metavar="N", help="run these three with each number of steps")
+    add("--steps-sweep", nargs="+", type=cli.positive_int, metavar="N", help="run these three with each number of them")
     add("--cw-steps", type=cli.positive_int, default=30, metavar="N", help="steps of cw")
     add("--step-size", type=cli.ratio, metavar="S", help="step of pgd, pgd-kl, pgd-ls and cw (default: epsilon / 10)")
     add("--random-start", choices=attacks.RANDOM_STARTS, default="uniform", help="where these four start")

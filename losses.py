@@ -27,6 +27,13 @@ def p_true(logits, y):
     return _true(_log_softmax(logits), y).exp()
 
 
+def spat_counts(logits_nat, logits_adv, y, alpha):
+    """(2,): of how many examples p_y(x) > 1 - α, where ascending LSCE raises the true logit, and how many the attack
+    made easier, p_y(x_adv) > p_y(x)."""
+    before, after = (p_true(logits.double(), y) for logits in (logits_nat, logits_adv))
+    return torch.stack([before > 1 - alpha, after > before]).sum(1)
+
+
 def lsce(logits, y, alpha):
     """Label-smoothed cross entropy, SPAT Eq. 8-9, (B,): 1-α on the true class, α/(K-1) on each other one.
 

@@ -4,22 +4,31 @@ import contextlib
 import csv
 import fcntl
 import io
+import json
+import math
 import os
 import pathlib
 import shutil
 import signal
+import time
 
 import torch
+from tqdm import tqdm
 
 import checkpoints
+import cli
 import losses
 import models
+
+SHARES_EVERY = 8  # steps: the two logged shares of examples cost forward passes of their own
+READ_EVERY = {"cpu": 1, "cuda": 10}  # steps: reading a number waits for the GPU; signals to several processes wait too
 
 
 @contextlib.contextmanager
 def run_lock(out_dir):
-    """One process at a time in a run's directory; ValueError if a living one is there. The kernel frees the lock of a
-    process that dies, however it dies."""
+    """One process at a time in a run's directory, which is made; ValueError if a living one is there. The kernel frees
+    the lock of a process that dies, however it dies."""
+    pathlib.Path(out_dir).mkdir(parents=True, exist_ok=True)
     with open(pathlib.Path(out_dir, ".lock"), "w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -65,40 +74,132 @@ def save_run(state, out_dir):
     checkpoints.save(state, last)
 
 
-def begin(out_dir, resumed, first):
-    """Save the state `first` of a new run. Of a resumed one, put last.prev.pt in the place of a last.pt that load_run
-    found damaged: the next save would put that one over the only whole checkpoint."""
-    if resumed is None:
-        save_run(first, out_dir)
-    elif resumed["file"] == "last.prev.pt":
-        os.replace(pathlib.Path(out_dir, "last.prev.pt"), pathlib.Path(out_dir, "last.pt"))
-
-
-def there(out_dir):
+def describe_checkpoints(out_dir):
     """What a failed run leaves to go on from, in words."""
     names = [str(path) for name in ("last.pt", "last.prev.pt") if (path := pathlib.Path(out_dir, name)).exists()]
     return f"the last checkpoints are {' and '.join(names)}" if names else "no checkpoint was written yet"
 
 
 def load_run(out_dir):
-    """The newest whole checkpoint of a run, last.pt or else last.prev.pt (its name is added as "file"); raises
+    """The newest whole checkpoint of a run, last.pt or else last.prev.pt (then "damage" says why, else None); raises
     ValueError if there is none."""
     folder = pathlib.Path(out_dir)
     if not (folder / "last.pt").exists() and not (folder / "last.prev.pt").exists():
         raise ValueError(f"--resume: {out_dir} holds no run (no last.pt)")
-    file = "last.pt"
+    damage = None
     try:
-        state = checkpoints.load(folder / file)
+        state = checkpoints.load(folder / "last.pt")
     except ValueError as error:
-        file = "last.prev.pt"
-        state = checkpoints.load(folder / file)
-        print(f"{error}; going on from the checkpoint before it, last.prev.pt")
+        damage, state = str(error), checkpoints.load(folder / "last.prev.pt")
     if not isinstance(state, dict) or state.get("format") != checkpoints.FORMAT:
         raise ValueError(f"--resume: {out_dir}/last.pt is not a checkpoint of train_cifar.py")
     needed = ("args", "state_dict", "optimizer", "step", "rows", "best", "sums", "on")
     if missing := [key for key in needed if state.get(key) is None]:
         raise ValueError(f"--resume: {out_dir}/last.pt holds no {missing[0]}: a best.pt, or of an older version")
-    return state | {"file": file}
+    return state | {"damage": damage}
+
+
+class Run:
+    """A training run after some of its steps: what is counted, logged, saved and restored. Rank 0 alone writes into
+    args.out_dir. state: the checkpoint to go on from, or None."""
+
+    def __init__(self, args, model, optimizer, train_set, state=None):
+        self.args, self.model, self.optimizer, self.classes = args, model, optimizer, train_set.classes
+        self.device, (self.rank, self.world) = train_set.images.device, cli.rank_and_world()
+        self.steps_per_epoch = math.ceil(len(train_set.labels) / args.batch_size)
+        self.total_steps = args.epochs * self.steps_per_epoch
+        self.step, self.rows, self.best, self.sums = 0, [], -1.0, torch.zeros(6, device=self.device)
+        if state is not None:
+            model.load_state_dict(state["state_dict"])
+            optimizer.load_state_dict(state["optimizer"])
+            self.step, self.rows, self.best = state["step"], state["rows"], state["best"]
+            self.sums = state["sums"].to(self.device)
+            if self.rank == 0 and state["on"] != [self.device.type, self.world]:
+                print(f"resumed on {[self.device.type, self.world]}, was on {state['on']}: no longer equal to the bit")
+
+    def checkpoint(self):
+        return {"format": checkpoints.FORMAT, "args": vars(self.args), "classes": self.classes,
+                "epoch": self.step // self.steps_per_epoch, "state_dict": self.model.state_dict(),
+                "optimizer": self.optimizer.state_dict(), "step": self.step, "rows": self.rows, "best": self.best,
+                "sums": self.sums, "on": [self.device.type, self.world]}
+
+    def begin(self, state):
+        """Write args.json, and save a new run, so that from its first step on it can be resumed. Of a resumed one, put
+        last.prev.pt in the place of a last.pt that load_run found damaged: the next save would put that one over the
+        only whole checkpoint. Returns the run's bar, a context."""
+        if self.rank == 0:
+            out_dir = pathlib.Path(self.args.out_dir)
+            checkpoints.write_atomically(out_dir / "args.json", json.dumps(vars(self.args), indent=2).encode())
+            if state is None:
+                save_run(self.checkpoint(), out_dir)
+            elif state["damage"]:
+                print(f"{state['damage']}; going on from the checkpoint before it, last.prev.pt")
+                os.replace(out_dir / "last.prev.pt", out_dir / "last.pt")
+        self.saved = self.epoch_start = time.perf_counter()
+        self.saved_step = self.epoch_first_step = self.step
+        size = self.args.batch_size
+        self.bar = tqdm(total=self.total_steps * size, initial=self.step * size, unit="img", unit_scale=True,
+                        dynamic_ncols=True, mininterval=1.0, disable=self.rank > 0)
+        return self.bar
+
+    def save(self):
+        if self.rank == 0 and self.step != self.saved_step:
+            save_run(self.checkpoint(), self.args.out_dir)
+        self.saved, self.saved_step = time.perf_counter(), self.step
+
+    def interrupted(self, stop):
+        """Between two steps: whether to stop; saves then, and every --save-minutes. Shows how the epoch goes."""
+        if self.step % READ_EVERY[self.device.type] and not (stop and self.world == 1):
+            return False  # several must agree on when to ask
+        if self.step % self.steps_per_epoch:
+            self.show()
+        late = time.perf_counter() - self.saved > 60 * self.args.save_minutes
+        stop_now, save_now = cli.any_process(stop, late)
+        if stop_now or save_now:
+            self.save()
+        return stop_now
+
+    def show(self):
+        """The epoch so far on the bar; raises FloatingPointError if its loss is not finite."""
+        epoch, i = divmod(self.step - 1, self.steps_per_epoch)
+        loss, _, robust = (self.sums[:3] / (i + 1)).tolist()
+        if not math.isfinite(loss):
+            raise FloatingPointError(f"the loss is {loss} by step {self.step} of epoch {epoch + 1}, "
+                                     f"lr {self.rate:g}")
+        self.bar.set_description(f"epoch {epoch + 1}/{self.args.epochs}", refresh=False)
+        robust = f", robust {robust:.1%}" if self.args.defense != "standard" else ""
+        self.bar.set_postfix_str(f"loss {loss:.3f}{robust}", refresh=False)
+
+    def set_rate(self, rate):
+        self.rate = rate
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+
+    def count(self, counts):
+        """Add a step; counts: (6,), this process's tally and shares."""
+        self.sums += cli.sum_over_processes(counts) / self.world
+        self.step += 1
+        self.bar.update(self.args.batch_size)
+
+    def end_epoch(self, validate):
+        """Log the epoch with what validate() adds; save the run and, if it is the best so far, best.pt."""
+        self.show()
+        standard, seconds = self.args.defense == "standard", time.perf_counter() - self.epoch_start
+        images = (self.step - self.epoch_first_step) * self.args.batch_size
+        row = epoch_row(self.args, self.sums.tolist(), self.steps_per_epoch)
+        row = {"epoch": self.step // self.steps_per_epoch, "lr": self.rate} | row | validate()
+        self.rows.append(row | {"seconds": seconds, "images_per_s": images / seconds})
+        self.sums.zero_()
+        score = row["val_natural_accuracy" if standard else "val_robust_accuracy"]
+        if is_best := score is not None and score >= self.best:  # of equals the later one, at a lower rate
+            self.best = score
+        if self.rank == 0:
+            if is_best:
+                checkpoints.save(self.checkpoint() | {"optimizer": None}, pathlib.Path(self.args.out_dir, "best.pt"))
+            write_log(self.args.out_dir, self.rows)
+            self.bar.write(summary(self.rows, not standard and self.args.epochs / 3, len(self.classes)))
+        self.epoch_start, self.epoch_first_step = time.perf_counter(), self.step
+        self.save()
 
 
 def write_log(out_dir, rows):
@@ -135,14 +236,13 @@ def write_log(out_dir, rows):
 
 
 @torch.no_grad()
-def shares(model, plain, x, x_adv, y, alpha):
-    """For the log, of one batch: (3,) how many of the examples have p_y(x) > 1 - α, where ascending LSCE raises the
-    true logit, how many the attack made easier, p_y(x_adv) > p_y(x), and of how many; zeros if alpha is None."""
-    if alpha is None:
+def shares(run, plain, x, x_adv, y):
+    """For the log, of one batch in SHARES_EVERY: (3,), losses.spat_counts and of how many examples; else zeros."""
+    if x_adv is None or run.step % run.steps_per_epoch % SHARES_EVERY:
         return x.new_zeros(3)
-    with models.frozen(model):
-        before, after = (losses.p_true(plain(batch), y) for batch in (x, x_adv))
-    return torch.stack([before > 1 - alpha, after > before, torch.ones_like(y, dtype=torch.bool)]).sum(1).float()
+    with models.frozen(run.model):
+        counts = losses.spat_counts(plain(x), plain(x_adv), y, run.args.spat_alpha or 0.0)
+    return torch.cat([counts, counts.new_full((1,), len(y))]).float()
 
 
 @torch.no_grad()
@@ -153,16 +253,15 @@ def tally(loss, logits_nat, logits_adv, y):
     return torch.stack([loss, *right])
 
 
-def epoch_row(args, epoch, lr, sums, steps):
-    """A row of the log from the epoch's running sums; None, an empty cell, for what the defense does not have."""
+def epoch_row(args, sums, steps):
+    """The log's columns from the epoch's running sums; None, an empty cell, for what the defense does not have."""
     loss, natural, robust, confident, easier, sampled = sums
-    row = {"epoch": epoch, "lr": lr, "train_loss": loss / steps}
-    row["train_natural_accuracy"] = natural / steps if args.defense != "madry" else None
-    row["train_robust_accuracy"] = robust / steps if sampled else None
     has_alpha = sampled and (args.defense != "trades" or args.spat_alpha is not None)
-    row["share_p_y_above_1_minus_alpha"] = confident / sampled if has_alpha else None
-    row["share_made_easier"] = easier / sampled if sampled else None
-    return row
+    return {"train_loss": loss / steps,
+            "train_natural_accuracy": natural / steps if args.defense != "madry" else None,
+            "train_robust_accuracy": robust / steps if sampled else None,
+            "share_p_y_above_1_minus_alpha": confident / sampled if has_alpha else None,
+            "share_made_easier": easier / sampled if sampled else None}
 
 
 def summary(rows, warm_up, num_classes):

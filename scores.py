@@ -185,13 +185,9 @@ def outcome(name, params, correct_mask, seconds=0.0):
 
 
 def shares(natural, attacked, y, alpha=None):
-    """More of an attack's entry: the share of images that it made easier, p_y(x_adv) > p_y(x); and, for PGD-LS, of
-    those with p_y(x) > 1 - α, whose true logit the ascent of LSCE raises. natural, attacked: logits (n, K)."""
-    before, after = (losses.p_true(logits.double(), y) for logits in (natural, attacked))
-    row = {"share_made_easier": (after > before).double().mean().item()}
-    if alpha is not None:
-        row["share_p_y_above_1_minus_alpha"] = (before > 1 - alpha).double().mean().item()
-    return row
+    """More of an attack's entry: the shares of losses.spat_counts, the first for PGD-LS only. Logits are (n, K)."""
+    confident, easier = (losses.spat_counts(natural, attacked, y, alpha or 0.0) / len(y)).tolist()
+    return {"share_made_easier": easier} | ({} if alpha is None else {"share_p_y_above_1_minus_alpha": confident})
 
 
 def table(result):

@@ -1,6 +1,8 @@
 """Train an image classifier: standard, Madry, TRADES or MART, each of the last three with or without SPAT.
 
-    python train_cifar.py --defense mart --spat-alpha 0.3
+    python train_cifar.py --defense mart --spat-alpha 0.3                     # MART + SPAT at the paper's setting
+    python train_cifar.py --defense mart --spat-alpha 0.3 --dataset digits    # a minute or two on two CPU cores
+    python train_cifar.py --resume --out-dir runs/NAME                        # go on where it stopped
 
 --defense picks the loss that the training step minimises. The attack maximises that method's usual objective, or, with
 --spat-alpha A, the label-smoothed cross entropy with α = A (SPAT, Eq. 10). Nothing else knows of SPAT.
@@ -9,17 +11,14 @@
 import argparse
 import contextlib
 import functools
-import json
 import math
 import pathlib
 import shlex
 import signal
 import sys
-import time
 from fractions import Fraction
 
 import torch
-from tqdm import tqdm
 
 import attacks
 import checkpoints
@@ -28,69 +27,85 @@ import data
 import losses
 import models
 import rundir
+import scores
 
 OUTER = {"standard": losses.standard_loss, "madry": losses.madry_loss,
          "trades": losses.trades_loss, "mart": losses.mart_loss}
 INNER = {"madry": losses.cross_entropy, "trades": losses.kl_divergence, "mart": losses.cross_entropy}
 
-# (data set, defense, recipe), None for any: a later line wins, a flag wins over all. The first lines are the paper's
-# section 5.1 with MART's published settings where it is silent; rst is RST's schedule.
-DEFAULTS = (
-    (None, None, None, dict(dataset="cifar10", arch="wrn-34-10", epochs=90, batch_size=128, lr=0.1, lr_schedule="step",
-                            momentum=0.9, nesterov=False, weight_decay=7e-4, val_size=1000, limit_train=None,
-                            epsilon="8/255", num_steps=10, random_start="gaussian", spat_alpha=None, beta=None)),
-    (None, None, None, dict(data_dir="data", precision="auto", compile="auto", device="auto", seed=1, save_minutes=10.0,
-                            recipe="mart", aux_data=None, aux_fraction=0.5)),
-    (None, "trades", None, dict(beta=6.0)),
-    (None, "mart", None, dict(beta=5.0)),
-    ("cifar100", "madry", None, dict(weight_decay=2e-4)),
-    ("cifar100", "trades", None, dict(weight_decay=2e-4)),
-    ("digits", None, None, dict(arch="wrn-10-1", epochs=12, batch_size=64, lr=0.2, lr_schedule="onecycle", val_size=100,
-                                weight_decay=5e-4, epsilon=data.EPSILON["digits"])),
-    (None, None, "rst", dict(arch="wrn-28-10", epochs=200, batch_size=256, lr=0.1, lr_schedule="cosine", nesterov=True,
-                             weight_decay=5e-4, epsilon="0.031", step_size="0.007", val_size=0)),
-)
-FREE_ON_RESUME = ("resume", "out_dir", "data_dir", "device", "save_minutes")  # these do not alter the result
-SHARES_EVERY = 8  # steps: the two logged shares of examples cost forward passes of their own
+# The defaults, merged in this order as far as their name fits the run; a typed flag wins over all. The first are the
+# paper's section 5.1 with MART's published settings where it is silent; rst is RST's schedule.
+DEFAULTS = {
+    "all": dict(spat_alpha=None, beta=None, recipe="mart", arch="wrn-34-10", dataset="cifar10", data_dir="data",
+                val_size=1000, limit_train=None, aux_data=None, aux_fraction=0.5, epochs=90, batch_size=128, lr=0.1,
+                lr_schedule="step", lr_milestones=None, momentum=0.9, nesterov=False, weight_decay=7e-4,
+                epsilon="8/255", step_size=None, num_steps=10, random_start="gaussian", precision="auto",
+                compile="auto", device="auto", seed=1, save_minutes=10.0),
+    "trades": dict(beta=6.0),
+    "mart": dict(beta=5.0),
+    "cifar100 madry": dict(weight_decay=2e-4),
+    "cifar100 trades": dict(weight_decay=2e-4),
+    "digits": dict(arch="wrn-10-1", epochs=12, batch_size=64, lr=0.2, lr_schedule="onecycle", val_size=100,
+                   weight_decay=5e-4, epsilon=data.EPSILON["digits"]),
+    "rst": dict(arch="wrn-28-10", epochs=200, batch_size=256, lr_schedule="cosine", nesterov=True, lr=0.1,
+                weight_decay=5e-4, epsilon="0.031", step_size="0.007", val_size=0),
+}
+FREE_ON_RESUME = ("out_dir", "data_dir", "device", "save_minutes")  # these do not alter the result
+
+
+def default_words(name):
+    """What DEFAULTS says of an argument, for the help: "90; digits: 12; rst: 200"."""
+    words = {"None": "none", "True": "on", "False": "off"}
+    found = {of: str(defaults[name]) for of, defaults in DEFAULTS.items() if name in defaults}
+    return "; ".join(("" if of == "all" else f"{of}: ") + words.get(value, value) for of, value in found.items())
 
 
 def parse_args(argv=None):
     """(the parser, the flags that were typed as a dict); what was not typed is not in it."""
-    parser = cli.Parser(prog="train_cifar.py", description=__doc__, epilog=f"Architectures: {models.ARCHS}.")
-    add = parser.add_argument
-    add("--defense", choices=OUTER, help="the loss to train with (no default)")
-    add("--spat-alpha", type=cli.unit_float, metavar="A",
-        help="SPAT: attack by LSCE with this α in [0, 1] (default: by CE for madry and mart, by KL for trades)")
-    add("--beta", type=cli.natural_float, help="weight of the KL term (default: trades 6, mart 5)")
-    add("--dataset", help="cifar10, cifar100, digits, or a folder with train/CLASS/*.png and test/CLASS/*.png "
-        "(default: cifar10)")
-    add("--data-dir", metavar="DIR", help="where CIFAR is, or is downloaded to (default: data)")
-    add("--recipe", choices=("mart", "rst"), help="which defaults: MART's, or RST's for --aux-data (default: mart)")
-    add("--aux-data", metavar="FILE",
-        help="pseudo-labelled images to train on as well: RST's pickle, or an .npz of pseudo_label.py (default: none)")
-    add("--aux-fraction", type=cli.fraction_below_one, metavar="F", help="their share of each batch (default: 0.5)")
-    add("--arch", help="architecture (default: wrn-34-10; rst: wrn-28-10; digits: wrn-10-1)")
-    add("--val-size", type=cli.natural_int, metavar="N",
-        help="training images held out to choose best.pt; 0: none, last.pt only (default: 1000; rst: 0; digits: 100)")
-    add("--limit-train", type=cli.positive_int, metavar="N", help="train on the first N images (default: all)")
-    add("--epochs", type=cli.positive_int, help="(default: 90; rst: 200; digits: 12)")
-    add("--batch-size", type=cli.positive_int, help="(default: 128; rst: 256; digits: 64)")
-    add("--lr", type=cli.positive_float, help="highest learning rate (default: 0.1; digits: 0.2)")
-    add("--lr-schedule", choices=("step", "cosine", "onecycle"), help="(default: step; rst: cosine; digits: onecycle)")
-    add("--lr-milestones", type=cli.positive_int, nargs=2, metavar="EPOCH",
-        help="step: the first epochs, from 1, at lr x0.1 and x0.01 (default: 75/90 of --epochs and its last)")
-    add("--momentum", type=cli.unit_float, help="(default: 0.9)")
-    add("--nesterov", action=argparse.BooleanOptionalAction, help="Nesterov's momentum (default: off; rst: on)")
-    add("--weight-decay", type=cli.natural_float, help="(default: 7e-4; cifar100 madry, trades 2e-4; rst, digits 5e-4)")
-    add("--epsilon", type=cli.ratio, help="radius of the L-inf ball (default: 8/255; rst: 0.031; digits: 0.05)")
-    add("--step-size", type=cli.ratio, help="of the attack (default: epsilon / 4; rst: 0.007)")
-    add("--num-steps", type=cli.positive_int, help="of the attack (default: 10)")
-    add("--random-start", choices=attacks.RANDOM_STARTS, help="of the attack (default: gaussian)")
+    parser = cli.Parser(prog="train_cifar.py", description=__doc__)
+
+    def group(title):
+        def add(flag, help, **settings):
+            default = default_words(flag.removeprefix("--").replace("-", "_"))
+            flags.add_argument(flag, help=help + (f" (default: {default})" if default else ""), **settings)
+        flags = parser.add_argument_group(title)
+        return add
+
+    add = group("what to train")
+    add("--defense", "minimise this method's loss; required for a new run", choices=OUTER)
+    add("--spat-alpha", "SPAT: attack by LSCE with this α in [0, 1]; without it by CE for madry and mart, by KL for "
+        "trades", type=cli.unit_float, metavar="A")
+    add("--beta", "weight of the KL term", type=cli.natural_float, metavar="B")
+    add("--arch", f"architecture, one of {models.ARCHS}")
+    add("--recipe", "whose defaults to take: MART's, or RST's for --aux-data", choices=("mart", "rst"))
+    add("--seed", "seed of the first weights and of every draw", type=cli.natural_int)
+    add = group("data")
+    add("--dataset", f"{', '.join(data.NAMED)}, or a folder with train/CLASS/*.png and test/CLASS/*.png")
+    add("--data-dir", "where CIFAR is, or is downloaded to", metavar="DIR")
+    add("--val-size", "hold out N images to choose best.pt; 0: only last.pt", type=cli.natural_int, metavar="N")
+    add("--limit-train", "train on the first N images only", type=cli.positive_int, metavar="N")
+    add("--aux-data", "pseudo-labelled images to train on as well: RST's pickle, or pseudo_label.py's", metavar="FILE")
+    add("--aux-fraction", "their share of each batch", type=cli.fraction_below_one, metavar="F")
+    add = group("optimiser")
+    add("--epochs", "how often each image is seen", type=cli.positive_int, metavar="N")
+    add("--batch-size", "images a step, of all processes together", type=cli.positive_int, metavar="N")
+    add("--lr", "highest learning rate", type=cli.positive_float)
+    add("--lr-schedule", "how the rate falls", choices=("step", "cosine", "onecycle"))
+    add("--lr-milestones", "the first epochs, from 1, at lr x0.1 and x0.01 of schedule step; without it 75/90 of the "
+        "epochs and the last one", type=cli.positive_int, nargs=2, metavar="EPOCH")
+    add("--momentum", "momentum of SGD", type=cli.unit_float, metavar="M")
+    add("--nesterov", "take Nesterov's momentum", action=argparse.BooleanOptionalAction)
+    add("--weight-decay", "weight decay of SGD", type=cli.natural_float, metavar="W")
+    add = group("attack")
+    add("--epsilon", "radius of the L-inf ball", type=cli.ratio, metavar="E")
+    add("--step-size", "step of the attack; without it epsilon / 4", type=cli.ratio, metavar="S")
+    add("--num-steps", "steps of the attack", type=cli.positive_int, metavar="N")
+    add("--random-start", "where the attack starts", choices=attacks.RANDOM_STARTS)
     cli.add_runtime_flags(parser)
-    add("--seed", type=cli.natural_int, help="(default: 1)")
-    add("--out-dir", metavar="DIR", help="(default: runs/DATASET-ARCH-DEFENSE[-spatA]-sSEED)")
-    add("--save-minutes", type=cli.natural_float, metavar="M", help="save this often, and after epochs (default: 10)")
-    add("--resume", action="store_true", default=None, help="go on with the run in --out-dir where it stopped")
+    add = group("output")
+    add("--out-dir", "directory of the run; without it runs/DATASET-ARCH-DEFENSE[-spatA]-sSEED", metavar="DIR")
+    add("--save-minutes", "save this often, and after every epoch", type=cli.natural_float, metavar="M")
+    add("--resume", "go on with the run in --out-dir where it stopped", action="store_true", default=None)
     return parser, {key: value for key, value in vars(parser.parse_args(argv)).items() if value is not None}
 
 
@@ -98,13 +113,15 @@ def with_defaults(typed):
     """typed plus the defaults of its data set, defense and recipe; ValueError where flags contradict one another."""
     if "defense" not in typed:
         raise ValueError(f"--defense is required: {', '.join(OUTER)}")
-    args, of = {}, (typed.get("dataset", "cifar10"), typed["defense"], typed.get("recipe", "mart"))
-    for *when, defaults in DEFAULTS:
-        if all(wanted in (None, value) for wanted, value in zip(when, of, strict=True)):
-            args |= defaults
+    args, common = {}, DEFAULTS["all"]
+    dataset, recipe = (typed.get(name, common[name]) for name in ("dataset", "recipe"))
+    named = {"all", typed["defense"], recipe}
+    named |= {dataset, f"{dataset} {typed['defense']}"} if dataset in data.NAMED else set()
+    for name, defaults in DEFAULTS.items():
+        args |= defaults if name in named else {}
     args = argparse.Namespace(**args | typed)
     models.parse_arch(args.arch)
-    first, second = typed.get("lr_milestones", (0, 0))
+    first, second = args.lr_milestones or (0, 0)
     for wrong, why in (
         (args.defense == "standard" and "spat_alpha" in typed, "--spat-alpha: standard training has no attack"),
         (args.defense in ("standard", "madry") and "beta" in typed, f"--beta: {args.defense} has no KL term"),
@@ -114,14 +131,14 @@ def with_defaults(typed):
         (first > second, f"--lr-milestones {first} {second} are out of order"),
         (args.nesterov and args.momentum == 0, "--nesterov needs a --momentum above 0"),
         (args.aux_data is None and "aux_fraction" in typed, "--aux-fraction goes with --aux-data"),
-        (args.aux_data and args.aux_fraction and not 0 < round(args.aux_fraction * args.batch_size) < args.batch_size,
+        (args.aux_data and args.aux_fraction and not 0 < aux_images(args) < args.batch_size,
          f"--aux-fraction {args.aux_fraction} of --batch-size {args.batch_size} leaves one of the two sides no image"),
     ):
         if wrong:
             raise ValueError(why)
     first = max(2, math.ceil(args.epochs * 75 / 90))  # below 6 epochs: no first epoch, and no x0.01 before x0.1
-    args.lr_milestones = typed.get("lr_milestones", [first, max(args.epochs, first + 1)])
-    args.step_size = getattr(args, "step_size", str(Fraction(args.epsilon) / 4))
+    args.lr_milestones = args.lr_milestones or [first, max(args.epochs, first + 1)]
+    args.step_size = args.step_size or str(Fraction(args.epsilon) / 4)
     if "out_dir" not in typed:
         spat = "" if args.spat_alpha is None else f"-spat{args.spat_alpha:g}"
         name = pathlib.Path(args.dataset).resolve().name if args.dataset not in data.NAMED else args.dataset
@@ -129,9 +146,14 @@ def with_defaults(typed):
     return args
 
 
+def aux_images(args):
+    """How many of a batch are pseudo-labelled."""
+    return round(args.aux_fraction * args.batch_size) if args.aux_data else 0
+
+
 def new_or_resumed(typed):
     """(arguments, None or the checkpoint to go on from); ValueError if a run would be overwritten, or altered."""
-    if not typed.pop("resume", False):
+    if not typed.get("resume"):
         args = with_defaults(typed)
         if any(pathlib.Path(args.out_dir, name).exists() for name in ("last.pt", "last.prev.pt", "best.pt", "log.csv")):
             raise ValueError(f"--out-dir {args.out_dir} holds a run already: add --resume, or choose another")
@@ -140,7 +162,8 @@ def new_or_resumed(typed):
     state = rundir.load_run(out_dir)
     if missing := vars(with_defaults({"defense": "madry"})).keys() - state["args"].keys():
         raise ValueError(f"--resume: {out_dir} is of an older version: it has no {min(missing)}")
-    typed = {k: v for k, v in typed.items() if v != "auto" or k not in ("precision", "compile")}  # decided once
+    settled = ("resume", True), ("precision", "auto"), ("compile", "auto")
+    typed = dict(flag for flag in typed.items() if flag not in settled)
     for key, value in typed.items():
         of_run = state["args"].get(key)
         if key not in FREE_ON_RESUME and value != of_run:
@@ -154,32 +177,25 @@ def learning_rate(args, epoch, progress):
     step: MART's, by epoch; cosine: RST's, lr/2·(1 + cos((epoch - 1)π / epochs)); onecycle: by step, linear from
     lr/25 up to lr over the first 30 %, then down along a cosine to 0.
     """
-    if args.lr_schedule == "step":
-        first, second = args.lr_milestones
-        return args.lr * (0.01 if epoch >= second else 0.1 if epoch >= first else 1.0)
-    if args.lr_schedule == "cosine":
-        return args.lr * 0.5 * (1 + math.cos((epoch - 1) * math.pi / args.epochs))
-    if progress < 0.3:
-        return args.lr * (0.04 + 0.96 * progress / 0.3)
-    return args.lr * 0.5 * (1 + math.cos((progress - 0.3) / 0.7 * math.pi))
+    first, second = args.lr_milestones
+    return args.lr * {
+        "step": 0.01 if epoch >= second else 0.1 if epoch >= first else 1.0,
+        "cosine": 0.5 * (1 + math.cos((epoch - 1) * math.pi / args.epochs)),
+        "onecycle": 0.04 + 0.96 * progress / 0.3 if progress < 0.3 else
+        0.5 * (1 + math.cos((progress - 0.3) / 0.7 * math.pi)),
+    }[args.lr_schedule]
 
 
 def validate(model, forward, val, args):
     """Accuracy and mean cross entropy on the held-out images, a dict: natural and by eval_attacks.py's PGD-20."""
-    epsilon = float(Fraction(args.epsilon))
-
-    def pgd20(x, y, indices):
-        start = attacks.start_per_image("uniform", x, epsilon, indices)
-        return attacks.pgd(forward, x, y, losses.cross_entropy, epsilon=epsilon, step_size=epsilon / 10, num_steps=20,
-                           random_start=start)
-
+    pgd20 = scores.make_attack(forward, {
+        "objective": "ce", "epsilon": args.epsilon, "step_size": str(Fraction(args.epsilon) / 10), "num_steps": 20,
+        "random_start": "uniform"})
     row = dict.fromkeys(f"val_{name}_{what}" for name in ("natural", "robust") for what in ("accuracy", "loss"))
-    rank, world = cli.rank_and_world()
-    batch_size = args.batch_size // world  # the training step's, for which the model is compiled
+    batch_size = args.batch_size // cli.rank_and_world()[1]  # the training step's, for which the model is compiled
     with models.frozen(model):
         for name, attack in (("natural", None), ("robust", pgd20)) if len(val.labels) else ():
-            logits = cli.sum_over_processes(scores.attacked_logits(
-                model, val.images, val.labels, attack, batch_size, rank=rank, world=world))
+            logits = scores.attacked_logits(model, val.images, val.labels, attack, batch_size)
             row[f"val_{name}_accuracy"] = (logits.argmax(1) == val.labels).float().mean().item()
             row[f"val_{name}_loss"] = losses.cross_entropy(logits, val.labels).mean().item()
     return row
@@ -190,16 +206,42 @@ def build_optimizer(model, args):
                            nesterov=args.nesterov, fused=True)
 
 
-def inner_maximisation(model, plain, forward, x, y, start, args):
-    """x_adv, Eq. 10: PGD on the frozen model. plain: the eager forward pass, for what is computed once a batch."""
+def forward_passes(run, train_set):
+    """The model's forward pass as callables x -> logits: eager, and fast, which may be compiled; and by the latter both
+    passes of a training step, (x, x_adv) -> (logits_nat, logits_adv)."""
+    args = run.args
+    x, _, _ = training_batch(args, train_set, torch.arange(args.batch_size) % len(train_set.labels), step=0)
+    passes_a_step = 2 if args.defense == "standard" else args.num_steps + 4
+    eager, fast = cli.pick_forward(args, run.model, x, (run.total_steps - run.step) * passes_a_step)
+    both = models.BothPasses(run.model, fast)
+    if run.world > 1:
+        both = torch.nn.parallel.DistributedDataParallel(both, broadcast_buffers=False)
+    return eager, fast, both
+
+
+def training_batch(args, train_set, indices, step):
+    """(x, y, the attack's start) of one step, augmented; of several processes each takes its part of what is drawn."""
+    rng = data.step_generator(train_set.images.device, args.seed, step)
+    images, y = data.mixed(train_set, indices, aux_images(args), rng)
+    x = data.augment(images, rng)
+    start = attacks.start_perturbation(args.random_start, x, float(Fraction(args.epsilon)), rng)
+    rank, world = cli.rank_and_world()
+    mine = slice(rank * args.batch_size // world, (rank + 1) * args.batch_size // world)
+    return x[mine], y[mine], start[mine]
+
+
+def inner_maximisation(model, forward, x, y, start, args):
+    """x_adv by PGD (Eq. 7) on the frozen model: of the defense's own objective, or of LSCE, SPAT's attack (Eq. 10).
+    None in standard training. forward: the fast callable x -> logits."""
+    if args.defense == "standard":
+        return None
     objective, target = INNER[args.defense], y
     if args.spat_alpha is not None:
-        objective = functools.partial(losses.lsce, alpha=args.spat_alpha)
+        objective = functools.partial(losses.lsce, alpha=args.spat_alpha)  # Eq. 8-9
     epsilon, step_size = float(Fraction(args.epsilon)), float(Fraction(args.step_size))
     with models.frozen(model):
         if objective is losses.kl_divergence:
-            with torch.no_grad():
-                target = plain(x).float().softmax(1)
+            target = forward(x).float().softmax(1)  # no graph: neither x nor the frozen weights want a gradient
         return attacks.pgd(forward, x, target, objective, epsilon=epsilon, step_size=step_size,
                            num_steps=args.num_steps, random_start=start)
 
@@ -209,107 +251,34 @@ def outer_minimisation(both, optimizer, x, x_adv, y, args):
     both.train()
     logits_nat, logits_adv = both(None if args.defense == "madry" else x, x_adv)
     loss = OUTER[args.defense](logits_adv, logits_nat, y, args.beta)
-    optimizer.zero_grad(set_to_none=True)
     loss.backward()
     optimizer.step()
+    optimizer.zero_grad(set_to_none=True)  # here: of CUDA graphs no gradient may outlive its own
     return loss.detach(), logits_nat, logits_adv
 
 
 def train(args, state, train_set, val_set, device, stop=()):
     """The run from its first step, or from the checkpoint `state`, to its end or to the step in which `stop` fills.
     Rank 0 writes into args.out_dir. Returns whether the run is complete."""
-    out_dir, (rank, world) = pathlib.Path(args.out_dir), cli.rank_and_world()
-    mine = slice(rank * args.batch_size // world, (rank + 1) * args.batch_size // world)
     torch.manual_seed(args.seed)  # for the initial weights; every later draw is a function of (seed, step)
     model = models.build_model(args.arch, len(train_set.classes)).to(device)
-    optimizer = build_optimizer(model, args)
-    adversarial = args.defense != "standard"
-    steps_per_epoch = math.ceil(len(train_set.labels) / args.batch_size)
-    total_steps = args.epochs * steps_per_epoch
-    aux = round(args.aux_fraction * args.batch_size) if args.aux_data else 0
-    first_step, rows, best, sums = 0, [], -1.0, torch.zeros(6, device=device)
-    if state is not None:
-        model.load_state_dict(state["state_dict"])
-        optimizer.load_state_dict(state["optimizer"])
-        first_step, rows, best, sums = state["step"], state["rows"], state["best"], state["sums"].to(device)
-        if rank == 0 and state["on"] != [device.type, world]:
-            print(f"resumed on {[device.type, world]}, was on {state['on']}: no longer equal to the bit")
-    x = data.to_float(train_set.images[torch.arange(args.batch_size, device=device) % len(train_set.labels)][mine])
-    passes_a_step = args.num_steps + 4 if adversarial else 2
-    plain, forward = cli.pick_forward(args, model, x, (total_steps - first_step) * passes_a_step)
-    both = models.BothPasses(model, forward)
-    if world > 1:
-        both = torch.nn.parallel.DistributedDataParallel(both, broadcast_buffers=False)
-
-    def checkpoint(step):
-        return {"format": checkpoints.FORMAT, "args": vars(args), "classes": train_set.classes,
-                "epoch": step // steps_per_epoch, "state_dict": model.state_dict(), "optimizer": optimizer.state_dict(),
-                "step": step, "rows": rows, "best": best, "sums": sums, "on": [device.type, world]}
-
-    if rank == 0:
-        checkpoints.write_atomically(out_dir / "args.json", json.dumps(vars(args), indent=2).encode())
-        rundir.begin(out_dir, state, checkpoint(0))  # so that from its first step on the run can be resumed
-    read_every = 50 if device.type == "cuda" else 1  # reading a number off a GPU waits for it
-    bar = tqdm(total=total_steps * args.batch_size, initial=first_step * args.batch_size, unit="img", unit_scale=True,
-               dynamic_ncols=True, mininterval=1.0, disable=rank > 0)
-    saved, epoch_start, epoch_first_step = time.perf_counter(), time.perf_counter(), first_step
-
-    for step in range(first_step, total_steps):
-        epoch, i = divmod(step, steps_per_epoch)
-        if i == 0 or step == first_step:
-            order = data.batches(len(train_set.labels), args.batch_size, args.seed, epoch, aux).to(device)
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(args, epoch + 1, step / total_steps)
-        rng = data.step_generator(device, args.seed, step)  # it draws for all processes; each takes its part
-        images, y = data.mixed(train_set, order[i], aux, rng)
-        x = data.augment(images, rng)
-        start = attacks.start_perturbation(args.random_start, x, float(Fraction(args.epsilon)), rng)
-        x, y, start = x[mine], y[mine], start[mine]
-
-        x_adv = inner_maximisation(model, plain, forward, x, y, start, args) if adversarial else None
-        alpha = (args.spat_alpha or 0.0) if adversarial and i % SHARES_EVERY == 0 else None
-        shares = rundir.shares(model, plain, x, x_adv, y, alpha)  # before the step, of the model that was attacked
-        loss, logits_nat, logits_adv = outer_minimisation(both, optimizer, x, x_adv, y, args)
-        cli.broadcast_buffers(model)
-
-        counts = torch.cat([rundir.tally(loss, logits_nat, logits_adv, y), shares])
-        sums += cli.sum_over_processes(counts) / world
-        bar.update(args.batch_size)
-        last_of_epoch, stop_now, save_now = i == steps_per_epoch - 1, False, False
-        if last_of_epoch or step % read_every == 0 or (stop and world == 1):  # several must agree on when to ask
-            stop_now, save_now = cli.any_process(stop, time.perf_counter() - saved > 60 * args.save_minutes)
-            mean_loss, _, robust = (sums[:3] / (i + 1)).tolist()
-            if not math.isfinite(mean_loss):
-                raise FloatingPointError(f"the loss is {mean_loss} by step {step + 1} of epoch {epoch + 1}, "
-                                         f"lr {group['lr']:g}")
-            bar.set_description(f"epoch {epoch + 1}/{args.epochs}", refresh=False)
-            robust = f", robust {robust:.1%}" if adversarial else ""
-            bar.set_postfix_str(f"loss {mean_loss:.3f}{robust}", refresh=False)
-
-        if last_of_epoch:
-            seconds = time.perf_counter() - epoch_start
-            row = rundir.epoch_row(args, epoch + 1, group["lr"], sums.tolist(), steps_per_epoch)
-            row |= validate(model, forward, val_set, args) | {"seconds": seconds}
-            row["images_per_s"] = (step + 1 - epoch_first_step) * args.batch_size / seconds
-            rows.append(row)
-            sums.zero_()
-            score = row["val_robust_accuracy" if adversarial else "val_natural_accuracy"]
-            if is_best := score is not None and score >= best:  # of equals the later one, at a lower rate
-                best = score
-            if rank == 0:
-                if is_best:
-                    checkpoints.save(checkpoint(step + 1) | {"optimizer": None}, out_dir / "best.pt")
-                rundir.write_log(out_dir, rows)
-                bar.write(rundir.summary(rows, adversarial and args.epochs / 3, len(train_set.classes)))
-            epoch_start, epoch_first_step = time.perf_counter(), step + 1
-        if last_of_epoch or stop_now or save_now:
-            if rank == 0:
-                rundir.save_run(checkpoint(step + 1), out_dir)
-            saved = time.perf_counter()
-        if stop_now:
-            break
-    bar.close()
-    return len(rows) == args.epochs
+    run = rundir.Run(args, model, build_optimizer(model, args), train_set, state)
+    plain, forward, both = forward_passes(run, train_set)
+    with run.begin(state):
+        for epoch in range(run.step // run.steps_per_epoch, args.epochs):
+            order = data.batches(len(train_set.labels), args.batch_size, args.seed, epoch, aux_images(args)).to(device)
+            for indices in order[run.step % run.steps_per_epoch :]:
+                if run.interrupted(stop):
+                    return False
+                run.set_rate(learning_rate(args, epoch + 1, run.step / run.total_steps))
+                x, y, start = training_batch(args, train_set, indices, run.step)
+                x_adv = inner_maximisation(model, forward, x, y, start, args)
+                shares = rundir.shares(run, plain, x, x_adv, y)  # before the step: of the model that was attacked
+                loss, logits_nat, logits_adv = outer_minimisation(both, run.optimizer, x, x_adv, y, args)
+                cli.broadcast_buffers(model)
+                run.count(torch.cat([rundir.tally(loss, logits_nat, logits_adv, y), shares]))
+            run.end_epoch(lambda: validate(model, forward, val_set, args))
+    return True
 
 
 def main(argv=None):
