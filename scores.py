@@ -186,7 +186,7 @@ def outcome(name, params, correct_mask, seconds=0.0):
 
 def shares(natural, attacked, y, alpha=None):
     """More of an attack's entry: the shares of losses.spat_counts, the first for PGD-LS only. Logits are (n, K)."""
-    confident, easier = (losses.spat_counts(natural, attacked, y, alpha or 0.0) / len(y)).tolist()
+    confident, easier = (losses.spat_counts(natural, attacked, y, alpha or 0.0).double() / len(y)).tolist()
     return {"share_made_easier": easier} | ({} if alpha is None else {"share_p_y_above_1_minus_alpha": confident})
 
 

@@ -47,8 +47,8 @@ DEFAULTS = {
     "cifar100 trades": dict(weight_decay=2e-4),
     "digits": dict(arch="wrn-10-1", epochs=12, batch_size=64, lr=0.2, lr_schedule="onecycle", val_size=100,
                    weight_decay=5e-4, epsilon=data.EPSILON["digits"]),
-    "rst": dict(arch="wrn-28-10", epochs=200, batch_size=256, lr_schedule="cosine", nesterov=True, lr=0.1,
-                weight_decay=5e-4, epsilon="0.031", step_size="0.007", val_size=0),
+    "recipe rst": dict(arch="wrn-28-10", epochs=200, batch_size=256, lr_schedule="cosine", nesterov=True, lr=0.1,
+                       weight_decay=5e-4, epsilon="0.031", step_size="0.007", val_size=0),
 }
 FREE_ON_RESUME = ("out_dir", "data_dir", "device", "save_minutes")  # these do not alter the result
 
@@ -115,7 +115,7 @@ def with_defaults(typed):
         raise ValueError(f"--defense is required: {', '.join(OUTER)}")
     args, common = {}, DEFAULTS["all"]
     dataset, recipe = (typed.get(name, common[name]) for name in ("dataset", "recipe"))
-    named = {"all", typed["defense"], recipe}
+    named = {"all", typed["defense"], f"recipe {recipe}"}
     named |= {dataset, f"{dataset} {typed['defense']}"} if dataset in data.NAMED else set()
     for name, defaults in DEFAULTS.items():
         args |= defaults if name in named else {}
