@@ -18,6 +18,12 @@ class SmallNet(nn.Module):
         return self.head(torch.relu(self.norm(self.conv(x))))
 
 
+def tiny_model(name, num_classes=10):
+    """In the place of models.build_model, where the kind of net does not matter: quick even where bf16 is emulated."""
+    layers = nn.Conv2d(3, 4, 8, stride=8), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(64, num_classes)
+    return nn.Sequential(*layers).to(memory_format=torch.channels_last)
+
+
 def fails_in_one_line(main, argv, capsys):
     """main(argv) must exit with status 2 after one line on stderr; returns the line."""
     with pytest.raises(SystemExit) as exit_info:

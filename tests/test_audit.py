@@ -70,6 +70,7 @@ def test_a_masked_model_is_flagged(model_path, monkeypatch, wrapper, flags, of):
     assert "not to be trusted" in result["verdict"][-1] and "points to" not in result["verdict"][0]
 
 
+@pytest.mark.slow
 def test_what_the_oracle_sees(model_path, monkeypatch, tmp_path):
     """Against the definitions, on the images themselves."""
     torch.manual_seed(1)

@@ -70,15 +70,16 @@ def test_ratios_stay_as_given(text):
     assert cli.ratio(text) == text
 
 
-@pytest.mark.parametrize("compiled", ["off", "on"])
+@pytest.mark.parametrize("compiled", ["off", pytest.param("on", marks=pytest.mark.slow)])
 def test_the_fast_path_computes_what_the_plain_path_computes(compiled):
-    """x_adv of channels_last (and compiled) against x_adv of the plain NCHW model, float32, on the frozen model; then
-    the weight gradients in train mode, which a graph traced on the frozen model must not have lost."""
+    """x_adv of channels_last (and compiled) against x_adv of the plain NCHW model, on the frozen model; then the weight
+    gradients in train mode, which a graph traced on the frozen model must not have lost. In float64: in float32 the
+    sign of a gradient near 0 depends on the order of a sum, which differs from CPU to CPU, and is a whole step."""
     torch.manual_seed(0)
-    plain, fast = models.build_model("wrn-10-1"), models.build_model("wrn-10-1")
+    plain, fast = (models.build_model("wrn-10-1").double() for _ in range(2))
     fast.load_state_dict(plain.state_dict())
     plain.to(memory_format=torch.contiguous_format)
-    x, y = torch.rand(16, 3, 32, 32), torch.randint(10, (16,))
+    x, y = torch.rand(16, 3, 32, 32, dtype=torch.float64), torch.randint(10, (16,))
     start = attacks.start_perturbation("uniform", x, 8 / 255)
     forward = cli.forward_pass(fast)
     if compiled == "on":
@@ -88,15 +89,13 @@ def test_the_fast_path_computes_what_the_plain_path_computes(compiled):
     with models.frozen(plain), models.frozen(fast):
         expected = attacks.pgd(plain, x, y, losses.cross_entropy, **settings)
         x_adv = attacks.pgd(forward, x.to(memory_format=torch.channels_last), y, losses.cross_entropy, **settings)
-    same = (x_adv - expected).abs() < 1e-5
-    assert same.float().mean() >= 0.999
+    assert ((x_adv - expected).abs() < 1e-9).double().mean() >= 0.9999
     assert all(p.grad is None for p in fast.parameters())
     assert (x_adv - x).abs().max() > 7.9 / 255
 
     for forward_pass in (plain, forward):
         torch.nn.functional.cross_entropy(forward_pass(x), y).backward()
     for (name, p), q in zip(plain.named_parameters(), fast.parameters(), strict=True):
-        # one ReLU whose input is 0 but for rounding moves every gradient below it by some 0.5 % (seen; not in float64)
-        assert (q.grad - p.grad).norm() < 0.02 * p.grad.norm(), name
+        assert (q.grad - p.grad).norm() < 1e-9 * p.grad.norm(), name
     for (name, p), q in zip(plain.named_buffers(), fast.buffers(), strict=True):
-        torch.testing.assert_close(q, p, rtol=1e-4, atol=1e-6, msg=name)
+        torch.testing.assert_close(q, p, rtol=1e-9, atol=1e-12, msg=name)

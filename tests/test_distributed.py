@@ -65,6 +65,7 @@ def test_a_process_that_dies_ends_the_job_and_it_resumes(tmp_path):
     assert float(second["train_loss"]) == pytest.approx(float(first["train_loss"]), rel=0.15)
 
 
+@pytest.mark.slow
 def test_a_batch_that_does_not_divide_is_refused(tmp_path):
     status, output = job(2, "observe", tmp_path, *RUN, "--batch-size", "15", "--out-dir", tmp_path / "run")
     assert status != 0 and "cannot be split evenly over 2 processes" in output

@@ -163,7 +163,8 @@ def rows_of(model_path, *flags):
 
 
 def test_restarts_break_what_any_of_them_breaks(model_path):
-    flags = ["--attacks", "pgd", "cw", "--epsilon", "0.05", "--step-size", "0.05", "--num-steps", "1",
+    """With much noise and next to no step, so that the start decides."""
+    flags = ["--attacks", "pgd", "cw", "--epsilon", "0.3", "--step-size", "0.001", "--num-steps", "1",
              "--cw-steps", "1", "--num-images", "100", "--restarts"]
     one, three = (rows_of(model_path, *flags, restarts) for restarts in "13")
     model, _ = checkpoints.load_model(model_path)
@@ -176,7 +177,7 @@ def test_restarts_break_what_any_of_them_breaks(model_path):
         assert np.array_equal(mask(one[name]), right[0].numpy())
         assert np.array_equal(mask(three[f"{name} x3"]), torch.stack(right).all(0).numpy())
         assert three[f"{name} x3"]["params"]["restarts"] == 3
-        assert three[f"{name} x3"]["correct"] < one[name]["correct"]  # one large step: the start matters
+        assert three[f"{name} x3"]["correct"] < one[name]["correct"]  # 65 and 70 on one machine
 
 
 def test_any_step_takes_the_worst_iterate(model_path):
