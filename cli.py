@@ -131,7 +131,7 @@ def pick_precision(name, device):
     a = torch.randn(1024, 1024)
     b = a.bfloat16()
     ratio = seconds(lambda: a @ a, device) / seconds(lambda: b @ b, device)
-    return "bf16" if ratio > 1.3 else "fp32", f"a bf16 matrix product runs at {ratio:.1f}x the speed of float32 here"
+    return "bf16" if ratio > 1.3 else "fp32", f"a bf16 matrix product runs at {ratio:.2g}x the speed of float32 here"
 
 
 def forward_pass(model, precision="fp32"):

@@ -4,6 +4,7 @@ import contextlib
 import csv
 import fcntl
 import io
+import json
 import os
 import pathlib
 import shutil
@@ -18,8 +19,9 @@ import models
 
 @contextlib.contextmanager
 def run_lock(out_dir):
-    """One process at a time in a run's directory; ValueError if a living one is there. The kernel frees the lock of a
-    process that dies, however it dies."""
+    """One process at a time in a run's directory, which is made; ValueError if a living one is there. The kernel frees
+    the lock of a process that dies, however it dies."""
+    pathlib.Path(out_dir).mkdir(parents=True, exist_ok=True)
     with open(pathlib.Path(out_dir, ".lock"), "w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -66,11 +68,13 @@ def save_run(state, out_dir):
 
 
 def begin(out_dir, resumed, first):
-    """Save the state `first` of a new run. Of a resumed one, put last.prev.pt in the place of a last.pt that load_run
-    found damaged: the next save would put that one over the only whole checkpoint."""
+    """Write args.json, and save the state `first` of a new run. Of a resumed one, put last.prev.pt in the place of a
+    last.pt that load_run found damaged, and say so: the next save would put that one over the only whole checkpoint."""
+    checkpoints.write_atomically(pathlib.Path(out_dir, "args.json"), json.dumps(first["args"], indent=2).encode())
     if resumed is None:
         save_run(first, out_dir)
-    elif resumed["file"] == "last.prev.pt":
+    elif resumed["damage"]:
+        print(f"{resumed['damage']}; going on from the checkpoint before it, last.prev.pt")
         os.replace(pathlib.Path(out_dir, "last.prev.pt"), pathlib.Path(out_dir, "last.pt"))
 
 
@@ -81,24 +85,22 @@ def there(out_dir):
 
 
 def load_run(out_dir):
-    """The newest whole checkpoint of a run, last.pt or else last.prev.pt (its name is added as "file"); raises
+    """The newest whole checkpoint of a run, last.pt or else last.prev.pt (then "damage" says why, else None); raises
     ValueError if there is none."""
     folder = pathlib.Path(out_dir)
     if not (folder / "last.pt").exists() and not (folder / "last.prev.pt").exists():
         raise ValueError(f"--resume: {out_dir} holds no run (no last.pt)")
-    file = "last.pt"
+    damage = None
     try:
-        state = checkpoints.load(folder / file)
+        state = checkpoints.load(folder / "last.pt")
     except ValueError as error:
-        file = "last.prev.pt"
-        state = checkpoints.load(folder / file)
-        print(f"{error}; going on from the checkpoint before it, last.prev.pt")
+        damage, state = str(error), checkpoints.load(folder / "last.prev.pt")
     if not isinstance(state, dict) or state.get("format") != checkpoints.FORMAT:
         raise ValueError(f"--resume: {out_dir}/last.pt is not a checkpoint of train_cifar.py")
     needed = ("args", "state_dict", "optimizer", "step", "rows", "best", "sums", "on")
     if missing := [key for key in needed if state.get(key) is None]:
         raise ValueError(f"--resume: {out_dir}/last.pt holds no {missing[0]}: a best.pt, or of an older version")
-    return state | {"file": file}
+    return state | {"damage": damage}
 
 
 def write_log(out_dir, rows):

@@ -9,7 +9,6 @@
 import argparse
 import contextlib
 import functools
-import json
 import math
 import pathlib
 import shlex
@@ -50,8 +49,9 @@ DEFAULTS = (
     (None, None, "rst", dict(arch="wrn-28-10", epochs=200, batch_size=256, lr=0.1, lr_schedule="cosine", nesterov=True,
                              weight_decay=5e-4, epsilon="0.031", step_size="0.007", val_size=0)),
 )
-FREE_ON_RESUME = ("resume", "out_dir", "data_dir", "device", "save_minutes")  # these do not alter the result
+FREE_ON_RESUME = ("out_dir", "data_dir", "device", "save_minutes")  # these do not alter the result
 SHARES_EVERY = 8  # steps: the two logged shares of examples cost forward passes of their own
+READ_EVERY = {"cpu": 1, "cuda": 10}  # steps: reading a number waits for the GPU; signals to several processes wait too
 
 
 def parse_args(argv=None):
@@ -131,7 +131,7 @@ def with_defaults(typed):
 
 def new_or_resumed(typed):
     """(arguments, None or the checkpoint to go on from); ValueError if a run would be overwritten, or altered."""
-    if not typed.pop("resume", False):
+    if not typed.get("resume"):
         args = with_defaults(typed)
         if any(pathlib.Path(args.out_dir, name).exists() for name in ("last.pt", "last.prev.pt", "best.pt", "log.csv")):
             raise ValueError(f"--out-dir {args.out_dir} holds a run already: add --resume, or choose another")
@@ -140,7 +140,8 @@ def new_or_resumed(typed):
     state = rundir.load_run(out_dir)
     if missing := vars(with_defaults({"defense": "madry"})).keys() - state["args"].keys():
         raise ValueError(f"--resume: {out_dir} is of an older version: it has no {min(missing)}")
-    typed = {k: v for k, v in typed.items() if v != "auto" or k not in ("precision", "compile")}  # decided once
+    settled = ("resume", True), ("precision", "auto"), ("compile", "auto")
+    typed = dict(flag for flag in typed.items() if flag not in settled)
     for key, value in typed.items():
         of_run = state["args"].get(key)
         if key not in FREE_ON_RESUME and value != of_run:
@@ -191,15 +192,14 @@ def build_optimizer(model, args):
 
 
 def inner_maximisation(model, plain, forward, x, y, start, args):
-    """x_adv, Eq. 10: PGD on the frozen model. plain: the eager forward pass, for what is computed once a batch."""
+    """x_adv, Eq. 10: PGD on the frozen model by `forward`, which gives KL its target as well. plain: not used."""
     objective, target = INNER[args.defense], y
     if args.spat_alpha is not None:
         objective = functools.partial(losses.lsce, alpha=args.spat_alpha)
     epsilon, step_size = float(Fraction(args.epsilon)), float(Fraction(args.step_size))
     with models.frozen(model):
         if objective is losses.kl_divergence:
-            with torch.no_grad():
-                target = plain(x).float().softmax(1)
+            target = forward(x).float().softmax(1)  # no graph: neither x nor the frozen weights want a gradient
         return attacks.pgd(forward, x, target, objective, epsilon=epsilon, step_size=step_size,
                            num_steps=args.num_steps, random_start=start)
 
@@ -209,9 +209,9 @@ def outer_minimisation(both, optimizer, x, x_adv, y, args):
     both.train()
     logits_nat, logits_adv = both(None if args.defense == "madry" else x, x_adv)
     loss = OUTER[args.defense](logits_adv, logits_nat, y, args.beta)
-    optimizer.zero_grad(set_to_none=True)
     loss.backward()
     optimizer.step()
+    optimizer.zero_grad(set_to_none=True)  # here: of CUDA graphs no gradient may outlive its own
     return loss.detach(), logits_nat, logits_adv
 
 
@@ -247,9 +247,7 @@ def train(args, state, train_set, val_set, device, stop=()):
                 "step": step, "rows": rows, "best": best, "sums": sums, "on": [device.type, world]}
 
     if rank == 0:
-        checkpoints.write_atomically(out_dir / "args.json", json.dumps(vars(args), indent=2).encode())
         rundir.begin(out_dir, state, checkpoint(0))  # so that from its first step on the run can be resumed
-    read_every = 50 if device.type == "cuda" else 1  # reading a number off a GPU waits for it
     bar = tqdm(total=total_steps * args.batch_size, initial=first_step * args.batch_size, unit="img", unit_scale=True,
                dynamic_ncols=True, mininterval=1.0, disable=rank > 0)
     saved, epoch_start, epoch_first_step = time.perf_counter(), time.perf_counter(), first_step
@@ -276,7 +274,7 @@ def train(args, state, train_set, val_set, device, stop=()):
         sums += cli.sum_over_processes(counts) / world
         bar.update(args.batch_size)
         last_of_epoch, stop_now, save_now = i == steps_per_epoch - 1, False, False
-        if last_of_epoch or step % read_every == 0 or (stop and world == 1):  # several must agree on when to ask
+        if last_of_epoch or step % READ_EVERY[device.type] == 0 or (stop and world == 1):  # several must agree when
             stop_now, save_now = cli.any_process(stop, time.perf_counter() - saved > 60 * args.save_minutes)
             mean_loss, _, robust = (sums[:3] / (i + 1)).tolist()
             if not math.isfinite(mean_loss):
@@ -316,7 +314,7 @@ def main(argv=None):
     parser, typed = parse_args(argv)
     with contextlib.ExitStack() as stack:
         try:
-            args, state = new_or_resumed(typed)
+            args, state = new_or_resumed(typed)  # for all that can be wrong with the flags
             device, rank, world = stack.enter_context(cli.join_job(args.device))
             if args.batch_size % world:
                 raise ValueError(f"--batch-size {args.batch_size} cannot be split evenly over {world} processes")
@@ -324,12 +322,14 @@ def main(argv=None):
             train_set, val_set = data.split(dataset, args.val_size, args.limit_train)
             if args.aux_data:
                 train_set = data.pseudo_labelled(args.aux_data, checkpoints.load_arrays(args.aux_data), train_set)
-            cli.any_process()  # all have looked at the directory before one writes into it
+            cli.any_process()  # nobody has found anything wrong
             out_dir = pathlib.Path(args.out_dir)
             if rank == 0:
-                out_dir.mkdir(parents=True, exist_ok=True)
                 stack.enter_context(rundir.run_lock(out_dir))
                 print(f"{args.dataset}: {len(train_set.labels)} images to train on, {len(val_set.labels)} held out")
+            cli.any_process()  # the lock is held: until now another run may have saved there, or begun
+            args, state = new_or_resumed(typed)
+            cli.any_process()  # all have looked before one writes
         except (ValueError, OSError) as error:
             parser.error(error)
         stop = stack.enter_context(rundir.deferred_signals())

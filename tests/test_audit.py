@@ -126,6 +126,27 @@ def test_a_gpu_out_of_memory_ends_in_one_line(model_path, monkeypatch):
         audit.main(["--model-path", str(model_path), *SMALL])
 
 
+def test_all_batches_of_the_attacks_have_one_size(small_net):
+    """So that compiled code is compiled once; 10 images in batches of 4 end as in one batch of 10."""
+    sizes, images = set(), torch.randint(256, (10, 3, 8, 8), generator=torch.Generator().manual_seed(0)).byte()
+    labels, outcomes = small_net(images / 255).argmax(1), []
+
+    def forward(x):
+        sizes.add(len(x))
+        return small_net(x)
+
+    for batch_size in (4, 10):
+        _, args = audit.parse_args(["--model-path", "m.pt", "--epsilon", "0.1", "--batch-size", str(batch_size)])
+        with models.frozen(small_net):
+            bench = audit.Bench(small_net, forward, data.Dataset(images, labels, list("abcde")), args)
+            outcomes.append((bench.attacked("ce"), bench.attacked("kl"), audit.check_order(bench)[0]))
+        assert sizes == {batch_size}
+        sizes.clear()
+    for a, b in zip(*(found[:2] for found in outcomes), strict=True):
+        assert ((a - b).abs() < 1e-5).float().mean() > 0.99  # the batch size may turn a sign by rounding
+    assert outcomes[0][2] == outcomes[1][2] and len(set(outcomes[0][2].values())) > 1
+
+
 def test_a_radius_that_no_weaker_attack_matches(model_path, monkeypatch):
     """PGD-CE at any radius is weaker than what breaks everything."""
     model, _ = checkpoints.load_model(model_path)

@@ -17,6 +17,15 @@ def test_precision_auto_measures_and_explains():
     assert cli.pick_precision("fp32", torch.device("cpu"))[0] == "fp32"
 
 
+@pytest.mark.parametrize("ratio, expected, says", [(0.00417, "fp32", "at 0.0042x"), (1.27, "fp32", "at 1.3x"),
+                                                   (12.3, "bf16", "at 12x")])
+def test_the_reason_has_two_digits_however_slow_bf16_is(monkeypatch, ratio, expected, says):
+    taken = iter((ratio, 1.0))
+    monkeypatch.setattr(cli, "seconds", lambda *_: next(taken))
+    precision, why = cli.pick_precision("auto", torch.device("cpu"))
+    assert precision == expected and f" {says} the speed" in why
+
+
 def test_bf16_forward_returns_nearly_the_same_logits():
     model, x = models.build_model("wrn-10-1").eval(), torch.rand(4, 3, 32, 32)
     with torch.no_grad():

@@ -93,6 +93,54 @@ def test_a_second_process_in_the_same_directory_is_refused(tmp_path, capsys):
         process.wait()
 
 
+def before_it_has_the_lock(monkeypatch, happens):
+    """happens() between the moment when a run of this process has read its directory and the one when it locks it."""
+    real = train_cifar.data.load
+
+    def load(*args, **settings):
+        monkeypatch.setattr(train_cifar.data, "load", real)
+        happens()
+        return real(*args, **settings)
+
+    monkeypatch.setattr(train_cifar.data, "load", load)
+
+
+def test_resume_goes_on_from_what_the_old_process_saved_last(tmp_path, monkeypatch):
+    old, begun = start([*RUN, "--epochs", "50", "--out-dir", str(tmp_path)]), []
+    old.stdout.readline()
+
+    def old_one_saves_and_exits():
+        before, deadline = checkpoints.load(tmp_path / "last.pt")["step"], time.time() + 60
+        while checkpoints.load(tmp_path / "last.pt")["step"] <= before and time.time() < deadline:
+            time.sleep(0.1)
+        old.terminate()
+        assert old.wait(timeout=60) == 128 + signal.SIGTERM
+
+    try:
+        while not (tmp_path / "last.pt").exists() and old.poll() is None:
+            time.sleep(0.1)
+        before_it_has_the_lock(monkeypatch, old_one_saves_and_exits)
+        monkeypatch.setattr(train_cifar, "train", lambda args, state, *_: begun.append(state["step"]) or True)
+        train_cifar.main(["--resume", "--out-dir", str(tmp_path)])
+    finally:
+        old.kill()
+        old.wait()
+    assert begun == [checkpoints.load(tmp_path / "last.pt")["step"]]
+
+
+def test_a_run_that_began_and_ended_meanwhile_is_not_overwritten(tmp_path, monkeypatch, capsys):
+    argv, left = [*RUN, "--epochs", "1", "--out-dir", str(tmp_path)], {}
+
+    def another_one_trains():
+        train_cifar.main(argv)
+        capsys.readouterr()
+        left.update({file.name: file.read_bytes() for file in tmp_path.iterdir()})
+
+    before_it_has_the_lock(monkeypatch, another_one_trains)
+    assert "holds a run already" in fails_in_one_line(train_cifar.main, argv, capsys)
+    assert "best.pt" in left and {file.name: file.read_bytes() for file in tmp_path.iterdir()} == left
+
+
 def pytest_generate_tests(metafunc):
     if "fuzz_cases" in metafunc.fixturenames:
         metafunc.parametrize("fuzz_cases", [int(os.environ.get("FUZZ_CASES", "500"))])

@@ -1,5 +1,6 @@
 """The trainer: defaults, schedules, bad input, a run end to end, and resume."""
 
+import copy
 import csv
 import json
 import math
@@ -10,6 +11,7 @@ import pytest
 import torch
 from helpers import fails_in_one_line, tiny_model
 
+import attacks
 import checkpoints
 import cli
 import data
@@ -186,6 +188,40 @@ def test_the_attack_uses_the_objective_that_alpha_asks_for(tmp_path, monkeypatch
         seen.clear()
         train_cifar.main(["--defense", *flags, *TINY, "--epochs", "1", "--out-dir", str(tmp_path / "-".join(flags))])
         assert seen == {tuple(value.tolist()), float(data.EPSILON["digits"])}
+
+
+def test_trades_target_is_of_the_callable_that_is_attacked(small_net, images):
+    """Here one that rounds: against unrounded probabilities the first steps follow the rounding (other signs)."""
+    x, args = images[0], arguments("--defense", "trades")
+    start = attacks.start_perturbation("gaussian", x, 0.1, torch.Generator().manual_seed(0))
+    settings = dict(epsilon=8 / 255, step_size=2 / 255, num_steps=10, random_start=start)
+
+    def rounding(x):
+        return small_net(x).bfloat16()
+
+    x_adv = train_cifar.inner_maximisation(small_net, None, rounding, x, None, start, args)
+    with models.frozen(small_net):
+        same, other = (attacks.pgd(rounding, x, target(x).float().softmax(1), losses.kl_divergence, **settings)
+                       for target in (rounding, small_net))
+    assert torch.equal(x_adv, same) and not torch.equal(x_adv, other)
+
+
+def test_a_step_leaves_no_gradient_and_the_weights_of_the_textbook_order(small_net, images):
+    """zero_grad after the step in place of before the loss: to the bit."""
+    x, y = images
+    args, textbook = arguments("--defense", "mart"), copy.deepcopy(small_net).train()
+    before = copy.deepcopy(small_net)
+    both = models.BothPasses(small_net, small_net)
+    optimizer, theirs = (train_cifar.build_optimizer(net, args) for net in (small_net, textbook))
+    for x_adv in ((x + 0.03).clamp(0, 1), (x - 0.03).clamp(0, 1)):
+        train_cifar.outer_minimisation(both, optimizer, x, x_adv, y, args)
+        assert all(p.grad is None for p in small_net.parameters())
+        theirs.zero_grad()
+        natural, adversarial = textbook(x), textbook(x_adv)
+        losses.mart_loss(adversarial, natural, y, args.beta).backward()
+        theirs.step()
+    for p, q, r in zip(small_net.parameters(), textbook.parameters(), before.parameters(), strict=True):
+        assert torch.equal(p, q) and not torch.equal(p, r)
 
 
 def test_no_held_out_images_no_best(tmp_path):
