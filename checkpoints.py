@@ -1,13 +1,12 @@
 """Files: this project's checkpoints (written atomically, resumable), released state dicts of the same architectures,
 and arrays of pseudo-labelled images.
 
-Nothing from a file is executed: torch.load runs with weights_only=True everywhere, and a pickle may name arrays only.
+Nothing from a file is executed: torch.load runs with weights_only=True everywhere, and pickles.py reads the arrays.
 """
 
 import hashlib
 import os
 import pathlib
-import pickle
 import re
 import warnings
 import zipfile
@@ -16,6 +15,7 @@ import numpy as np
 import torch
 
 import models
+import pickles
 
 FORMAT = "spat-1"
 _PREFIX = re.compile(r"^(module\.|model\.|_orig_mod\.)+")
@@ -193,34 +193,23 @@ def load_model(path, device="cpu", arch=None, num_classes=None, normalize=None):
     return model.to(device).eval(), info
 
 
-class _ArraysOnly(pickle.Unpickler):
-    """Builds numpy arrays and plain containers and nothing else: whatever else a file names is refused, not run."""
-
-    ALLOWED = {("numpy", "ndarray"), ("numpy", "dtype"), ("_codecs", "encode")} | {
-        (f"numpy.{core}.{module}", name) for core in ("core", "_core") for module, name in (
-            ("multiarray", "_reconstruct"), ("multiarray", "scalar"), ("numeric", "_frombuffer"))}
-
-    def find_class(self, module, name):
-        if (module, name) not in self.ALLOWED:
-            raise ValueError(f"it names {module}.{name}, which is no array")
-        return super().find_class(module.replace("numpy.core", "numpy._core"), name)
-
-
-def load_arrays(path):
-    """{name: array} of an .npz file or of a pickle such as RST's, read without running anything; raises ValueError with
-    one line for a file that is neither."""
+def load_arrays(path, names=("data", "extrapolated_targets")):
+    """{name: array} of an .npz file or of a pickle such as RST's, whose names are the default; nothing in it is run.
+    Arrays may be read-only. Raises ValueError with one line for a file that is neither or lacks one of the names."""
     path = pathlib.Path(path)
     if not path.is_file():
         raise ValueError(f"{path}: no such file")
     try:
         if zipfile.is_zipfile(path):
-            with np.load(path) as file:
-                return {name: value for name, value in file.items() if isinstance(value, np.ndarray)}
-        with open(path, "rb") as file:
-            content = _ArraysOnly(file).load()
-        if isinstance(content, dict):
-            return {name: np.asarray(value) for name, value in content.items()}
-        raise ValueError(f"it holds a {type(content).__name__}")
+            with np.load(path) as file, warnings.catch_warnings(action="ignore"):  # on a header of Python 2
+                arrays, held = {name: file[name] for name in names if name in file.files}, file.files
+        else:
+            with open(path, "rb") as file:
+                arrays, held = pickles.read_arrays(file, names)
     except Exception as error:  # a damaged file may raise nearly anything
         why = " ".join(str(error).split()) or type(error).__name__
-        raise ValueError(f"{path}: neither an .npz nor a pickle of arrays ({why})") from None
+        raise ValueError(f"{path}: neither an .npz nor a pickle of arrays ({why:.200})") from None
+    for name in names:
+        if not isinstance(arrays.get(name), np.ndarray):
+            raise ValueError(f"{path}: holds no `{name}` but {', '.join(map(repr, held)) or 'nothing':.200}")
+    return arrays
