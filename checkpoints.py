@@ -62,8 +62,16 @@ def load(path, device="cpu"):
     if head.lstrip().startswith(b"<"):
         raise ValueError(f"{path}: an HTML page, not a model: the download went wrong")
     try:
-        if zipfile.is_zipfile(path) and zipfile.ZipFile(path).testzip():
-            raise ValueError("checksum")  # torch.load does not look at the checksums
+        if head.startswith(b"PK\3\4"):  # as torch.load tells the two formats apart
+            with zipfile.ZipFile(path) as archive:
+                if archive.testzip():
+                    raise ValueError("checksum")  # torch.load does not look at the checksums
+                for entry in archive.infolist():
+                    if entry.filename.endswith(".pkl"):
+                        pickles.refuse_deep_tuples(archive.open(entry))
+        else:
+            with open(path, "rb") as file:
+                pickles.refuse_deep_tuples(file, number=5)
         with warnings.catch_warnings(action="ignore"):  # on another pickle protocol than torch's
             return torch.load(path, map_location=device, weights_only=True)
     except Exception as error:  # torch.load raises nearly anything on a damaged file
@@ -140,7 +148,7 @@ def _normalisation(state, content, stated):
     if len(layer) == 2:
         found = tuple(state[layer[name]].flatten().tolist() for name in ("mean", "std"))
         state = {key: value for key, value in state.items() if key not in layer.values()}
-        if any(len(values) != 3 for values in found) or min(found[1]) <= 0:
+        if any(len(values) != 3 for values in found) or not all(value > 0 for value in found[1]):  # nor nan
             raise ValueError("its normalisation is not three means and three positive standard deviations")
     elif stated is None and (place not in (None, "0") or content.get("normalize_input")):
         raise ValueError("it was trained behind a normalisation that is not in the file: state it with --normalize "
@@ -167,7 +175,8 @@ def load_model(path, device="cpu", arch=None, num_classes=None, normalize=None):
     for container in ("state_dict", "model_state_dict"):
         state = state.get(container, state) if isinstance(state, dict) else None
     if not isinstance(state, dict) or not all(
-            isinstance(key, str) and isinstance(value, torch.Tensor) for key, value in state.items()):
+            isinstance(key, str) and isinstance(value, torch.Tensor) and not value.is_complex()
+            for key, value in state.items()):
         raise ValueError(f"{path}: holds no state dict")
     state = {_PREFIX.sub("", key): value for key, value in state.items()}
     try:
@@ -184,10 +193,10 @@ def load_model(path, device="cpu", arch=None, num_classes=None, normalize=None):
                 "normalize": normalize}
         if content.get("format") == FORMAT:
             info |= _header(content)
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
-    model = models.build_model(found_arch, found_classes)
-    model.load_state_dict(state)
+        model = models.build_model(found_arch, found_classes)
+        model.load_state_dict(state)
+    except Exception as error:  # torch's, where a tensor is sparse, quantized, complex, without memory, ...
+        raise ValueError(f"{path}: {' '.join(str(error).split())}") from None
     if normalize:
         model = models.Normalised(model, *normalize)
     return model.to(device).eval(), info

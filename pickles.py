@@ -107,3 +107,11 @@ def read_arrays(file, names):
         raise ValueError(f"it holds a {type(content).__name__}")
     held = {key: value for key, value in zip(content[::2], content[1::2], strict=False) if isinstance(key, str)}
     return {name: _array(held[name]) for name in names if name in held}, list(held)
+
+
+def refuse_deep_tuples(file, number=1):
+    """ValueError if the first so many pickles of an open file make tuples enough to nest them until Python's hash of
+    one ends the process, in torch.load too (seen at 200,000; a model file makes a few thousand)."""
+    tuples = sum(opcode.name.startswith("TUPLE") for _ in range(number) for opcode, _, _ in pickletools.genops(file))
+    if tuples > 20_000:
+        raise ValueError(f"{tuples} tuples")
