@@ -5,7 +5,6 @@ but numpy's own constructors can still be led to take bytes of the file for addr
 all still dies of hash(((((...))))), which Python's tuples do not guard.
 """
 
-import math
 import pickletools
 import re
 
@@ -89,12 +88,9 @@ def _array(value):
             raise ValueError("an array of other things than numbers")
     match content:
         case ["encode", [str(text), "latin1"]]:  # bytes, below protocol 3
-            content = text
-    if len(shape) > 4 or any(type(n) is not int or not 0 <= n < 2**40 for n in shape):
+            content = text.encode("latin1")
+    if any(n < 0 for n in shape):  # numpy takes -1 for "what is left"; all that does not fit reshape refuses
         raise ValueError("an array of an impossible shape")
-    if len(content) != math.prod(shape) * dtype.itemsize:
-        raise ValueError("an array of another size than its bytes")
-    content = content.encode("latin1") if isinstance(content, str) else content
     array = np.frombuffer(content, dtype).reshape(shape, order="F" if order in (True, "F") else "C")
     return array.transpose(*axes) if axes else array
 
