@@ -75,8 +75,8 @@ def test_the_forms_of_the_file(tmp_path):
     """RST's pickle in every protocol and memory order, with an array or a list of labels, and .npz: all the same."""
     arrays, like = made(), data.load("digits")
     pixels, labels = arrays["data"], arrays["extrapolated_targets"]
-    nchw = pixels.transpose(0, 3, 1, 2)
-    changes = {"c": {}, "fortran": {"data": np.asfortranarray(pixels)}, "view": {"data": nchw},
+    nchw, turned = pixels.transpose(0, 3, 1, 2), pixels.transpose(0, 2, 1, 3).copy()
+    changes = {"c": {}, "fortran": {"data": np.asfortranarray(pixels)}, "view": {"data": turned.transpose(0, 2, 1, 3)},
                "copy": {"data": nchw.copy()}, "list": {"extrapolated_targets": labels.tolist()},
                "scalars": {"extrapolated_targets": list(labels)},
                "big endian": {"extrapolated_targets": labels.astype(">i4")}, "more": {"source": np.arange(3), 5: None}}
@@ -236,10 +236,11 @@ def test_a_gpu_out_of_memory_while_labelling_ends_in_one_line(model_path, tmp_pa
 
 def test_what_pseudo_label_refuses(model_path, tmp_path, capsys):
     np.savez(tmp_path / "in.npz", data=made()["data"])
+    np.savez(tmp_path / "no pixels.npz", data=np.zeros((2**40, 0, 3, 32), np.uint8))
     (tmp_path / "there.npz").write_bytes(b"precious")
     (tmp_path / "empty").mkdir()
     for images, output in (("in.npz", "there.npz"), ("none.npz", "o.npz"), ("in.npz", "no/o.npz"), ("in.npz", "o.pt"),
-                           ("empty", "o.npz"), ("there.npz", "o.npz")):
+                           ("empty", "o.npz"), ("there.npz", "o.npz"), ("no pixels.npz", "o.npz")):
         fails_in_one_line(pseudo_label.main, ["--model-path", model_path, "--images", tmp_path / images,
                                               "--output", tmp_path / output], capsys)
     assert (tmp_path / "there.npz").read_bytes() == b"precious" and not (tmp_path / "o.npz").exists()
