@@ -9,6 +9,11 @@ from helpers import SmallNet
 os.environ.setdefault("GIT_PYTHON_REFRESH", "quiet")  # foolbox imports GitPython, which wants the git binary
 
 
+def pytest_generate_tests(metafunc):
+    if "fuzz_cases" in metafunc.fixturenames:
+        metafunc.parametrize("fuzz_cases", [int(os.environ.get("FUZZ_CASES", "500"))])
+
+
 @pytest.fixture
 def small_net():
     torch.manual_seed(0)
