@@ -3,9 +3,11 @@
     python -m torch.distributed.run --nproc-per-node=2 distributed_job.py MODE FOLDER FLAG ...
 
 MODE: "observe" saves each process's weights and buffers after every epoch into FOLDER; "norm-free" does so for a net
-without batch norm; "die" kills process 1 in its fifth step.
+without batch norm; "die" kills process 1 in its fifth step; "traced" lets torch.compile trace and differentiate
+but not fuse, so that its results are eager's to the bit; "half-compiled" has no compiler in process 1.
 """
 
+import functools
 import os
 import pathlib
 import signal
@@ -45,6 +47,10 @@ def main(mode, folder, *argv):
     train_cifar.validate = observed
     if mode == "norm-free":
         models.build_model = norm_free
+    if mode == "traced":
+        torch.compile = functools.partial(torch.compile, backend="aot_eager")
+    if mode == "half-compiled" and os.environ["RANK"] == "1":
+        torch.compile = None
     if mode == "die":
         data.augment = deadly
     train_cifar.main(list(argv))
