@@ -47,7 +47,7 @@ def main(mode, folder, *argv):
     train_cifar.validate = observed
     if mode == "norm-free":
         models.build_model = norm_free
-    if mode == "traced":
+    if mode in ("traced", "half-compiled"):
         torch.compile = functools.partial(torch.compile, backend="aot_eager")
     if mode == "half-compiled" and os.environ["RANK"] == "1":
         torch.compile = None
