@@ -2,9 +2,9 @@
 
     python bench.py --arch resnet-18 --defense mart
 
-The textbook: float32 (on a GPU with TF32 in convolutions, torch's default), NCHW, eager, one image batch after the
-other, as the published MART and TRADES code does it. Ours: eager, compiled, and on a GPU compiled with CUDA graphs. All
-do the same work on the same shapes; repeats are interleaved, so that a machine that drifts is fair to all.
+The textbook: float32 (on a GPU with TF32 in convolutions, torch's default), NCHW, eager, as the published MART and
+TRADES code does it. Ours: eager, compiled, and on a GPU with CUDA graphs. All do the same work on the same shapes, on a
+GPU in cuDNN's benchmark mode; repeats are interleaved, so that a machine that drifts is fair to all.
 """
 
 import concurrent.futures
