@@ -120,14 +120,21 @@ def for_autoattack(model):
     return lambda x: model(x.contiguous(memory_format=torch.channels_last)).float()
 
 
+def tf32(allowed):
+    """A context, or a decorator: whether cuDNN may round what float32 convolutions multiply to 10 bits."""
+    return torch.backends.cudnn.flags(enabled=True, benchmark=torch.backends.cudnn.benchmark, allow_tf32=allowed)
+
+
 @contextlib.contextmanager
 def _left_as_found(model, device):
-    """Restores what pyautoattack alters: the global random state and the trace function; and keeps it from filling the
-    parameters' gradients."""
+    """Restores what pyautoattack alters: the global random state and the trace function; keeps it from filling the
+    parameters' gradients, and cuDNN from timing its algorithms anew for each of the many batch sizes that it sends."""
     parameters = list(model.parameters()) if isinstance(model, torch.nn.Module) else []
     before, trace = [(parameter, parameter.requires_grad) for parameter in parameters], sys.gettrace()
     try:
-        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        cudnn = torch.backends.cudnn
+        with (torch.random.fork_rng([device] if device.type == "cuda" else []),
+              cudnn.flags(enabled=cudnn.enabled, benchmark=False, allow_tf32=cudnn.allow_tf32)):
             for parameter in parameters:
                 parameter.requires_grad_(False)
             yield

@@ -73,6 +73,7 @@ def parse_args(argv=None):
     add("--any-step", action="store_true", help="... or if any step does, RST's rule; crafted in float32")
     add("--pool", action="store_true", help="attack only what the attacks before left standing; the rows accumulate")
     add("--batch-size", type=cli.positive_int, default=256, help="alters apgd and autoattack only (default: 256)")
+    add("--tf32", action="store_true", help="on a GPU: what is crafted in float32 may use TF32; not the counting")
     add("--save-examples", metavar="FILE", help="write each image's predictions and margins to this .npz")
     add("--save-images", action="store_true", help="put the attacked images into it, float32, 12 kB each")
     typed = parser.parse_args(argv)
@@ -84,6 +85,7 @@ def parse_args(argv=None):
         (args.restarts > 1 and args.random_start == "none", "--restarts: without a random start all are the same"),
         (args.epsilon and args.epsilons, "--epsilon and --epsilons exclude one another"),
         (args.pool and args.epsilons, "--pool: an image broken at one radius may stand at another of --epsilons"),
+        (args.tf32 and (args.device == "cpu" or not torch.cuda.is_available()), "--tf32: a CPU does not have it"),
         (args.save_images and not args.save_examples, "--save-images goes with --save-examples"),
     ):
         if wrong:
@@ -189,16 +191,16 @@ def run_attack(model, forward, test, params, standing, args, bar, x_adv):
     are attacked, the rows of the others are zero. Of several restarts each attacks what those before left standing.
     x_adv, float32 like the images or None, receives the attacked ones."""
     rank, world = cli.rank_and_world()
-    attack, cost, extra, logits = None, 1, {}, 0
+    attack, cost, extra, logits, craft = None, 1, {}, 0, attacks.tf32(args.tf32 and "precision" not in params)
     if "components" in params:
-        attack, after = official_attack(model, test, standing[rank::world], params, bar)
+        attack, after = craft(official_attack)(model, test, standing[rank::world], params, bar)
         extra["after"] = {k: cli.sum_over_processes(v).item() / len(test.labels) for k, v in after.items()}
     elif params:
-        attack, cost = make_attack(forward, params), 1 + params["num_steps"]
+        attack, cost = craft(make_attack(forward, params)), 1 + params["num_steps"]
     for restart in range(params.get("restarts", 1)):
         of_restart = functools.partial(attack, restart=restart) if restart else attack
         found = None if x_adv is None else torch.zeros_like(x_adv)
-        size = args.batch_size if args.compile == "on" else min(args.batch_size, -(-len(standing) // world))
+        size = args.batch_size if args.compile != "off" else min(args.batch_size, -(-len(standing) // world))
         latest = cli.sum_over_processes(attacks.attacked_logits(
             model, test.images, test.labels, of_restart, size, lambda n: bar.update(n * cost), rank, world,
             standing, found))
@@ -220,10 +222,10 @@ def evaluate(model, test, args, result, device):
             else (1 + params.get("num_steps", 0)) * params.get("restarts", 1) for _, params in todo]
     passes = sum(weight for (_, params), weight in zip(todo, cost, strict=True) if "components" not in params)
     x = data.to_float(test.images[:batch_size])
-    forward = exact = cli.pick_forward(args, model, x, passes * n / batch_size / world)[1]
-    if args.precision != "fp32" and any("precision" in params for _, params in todo):
-        exact = cli.float32_pass(args, model, x)
-    result |= {"precision": args.precision, "compile": args.compile}
+    forward = exact = attacks.tf32(args.tf32)(cli.pick_forward)(args, model, x, passes * n / batch_size / world)[1]
+    if (args.tf32 or args.precision != "fp32") and any("precision" in params for _, params in todo):
+        exact = cli.fast_pass(model, cli.forward_pass(model), x, args.compile)[0]
+    result |= {"precision": args.precision, "tf32": args.tf32, "compile": args.compile}
     correct, logits, saved = torch.ones(n, dtype=torch.bool, device=device), None, {"labels": test.labels.cpu().numpy()}
     x_adv, natural = data.to_float(test.images) if args.save_images else None, None
     with models.frozen(model), tqdm(total=sum(cost) * -(-n // world), unit="pass", unit_scale=True,

@@ -236,7 +236,8 @@ def train(args, state, train_set, val_set, device, stop=()):
             print(f"resumed on {[device.type, world]}, was on {state['on']}: no longer equal to the bit")
     x = data.to_float(train_set.images[torch.arange(args.batch_size, device=device) % len(train_set.labels)][mine])
     passes_a_step = args.num_steps + 4 if adversarial else 2
-    plain, forward = cli.pick_forward(args, model, x, (total_steps - first_step) * passes_a_step)
+    train_passes = 1 + (args.defense in ("trades", "mart"))
+    plain, forward = cli.pick_forward(args, model, x, (total_steps - first_step) * passes_a_step, train_passes)
     both = models.BothPasses(model, forward)
     if world > 1:
         both = torch.nn.parallel.DistributedDataParallel(both, broadcast_buffers=False)

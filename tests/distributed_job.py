@@ -5,9 +5,11 @@
 MODE: "observe" saves each process's weights and buffers after every epoch into FOLDER; "norm-free" does so for a net
 without batch norm; "die" kills process 1 in its fifth step; "terminate" only asks it to end, and asks as seldom as
 on GPUs whether anyone was; "overtaken" has last.pt replaced by FOLDER's newer.pt as the last thing before process 0
-locks the run's directory, and saves the step from which each process would go on.
+locks the run's directory, and saves the step from which each process would go on; "traced" lets torch.compile trace and
+differentiate but not fuse, so that its results are eager's to the bit; "half-compiled" has no compiler in process 1.
 """
 
+import functools
 import os
 import pathlib
 import signal
@@ -58,6 +60,10 @@ def main(mode, folder, *argv):
     train_cifar.validate = observed
     if mode == "norm-free":
         models.build_model = norm_free
+    if mode in ("traced", "half-compiled"):
+        torch.compile = functools.partial(torch.compile, backend="aot_eager")
+    if mode == "half-compiled" and os.environ["RANK"] == "1":
+        torch.compile = None
     if mode in ("die", "terminate"):
         data.augment = deadly
     if mode == "terminate":

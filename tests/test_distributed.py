@@ -94,6 +94,23 @@ def test_all_processes_end_where_another_holds_the_lock(tmp_path):
     assert [file.name for file in (tmp_path / "run").iterdir()] == [".lock"]
 
 
+@pytest.mark.slow
+def test_a_compiled_pass_changes_nothing_and_is_used_by_all_or_none(tmp_path):
+    """torch compiles differently inside DistributedDataParallel; here all graphs are made before it is there."""
+    weights, said = {}, {}
+    for mode, level in (("observe", "off"), ("traced", "on"), ("half-compiled", "on")):
+        (tmp_path / mode).mkdir()
+        status, said[mode] = job(2, mode, tmp_path / mode, *RUN, "--epochs", "1", "--compile", level, "--out-dir",
+                                 tmp_path / mode / "run")
+        assert status == 0, said[mode]
+        weights[mode] = torch.load(tmp_path / mode / "rank0-0.pt", weights_only=True)
+        for name, tensor in weights["observe"].items():
+            assert torch.equal(weights[mode][name], tensor), (mode, name)
+    assert "compile on: as asked" in said["traced"]
+    assert "compile off: as asked; torch.compile failed in another process" in said["half-compiled"]
+
+
+@pytest.mark.slow
 def test_a_batch_that_does_not_divide_is_refused(tmp_path):
     status, output = job(2, "observe", tmp_path, *RUN, "--batch-size", "15", "--out-dir", tmp_path / "run")
     assert status != 0 and "cannot be split evenly over 2 processes" in output
