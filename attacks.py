@@ -55,6 +55,13 @@ def input_gradient(model, x, target, objective):
         return torch.autograd.grad(objective(model(x), target).sum(), x)[0]
 
 
+def probabilities(model, x):
+    """softmax(model(x)), (B, K), a constant: KL's target. x wants a gradient here as well, so that a compiled model runs
+    the graph that the attack's steps run, and none is compiled for this alone."""
+    with torch.enable_grad():
+        return model(x.detach().requires_grad_()).float().softmax(1).detach()
+
+
 def pgd(model, x, target, objective, *, epsilon, step_size, num_steps, random_start="uniform"):
     """Projected gradient ascent on objective(model(x), target) -> (B,), SPAT Eq. 7. Returns the last iterate.
 
@@ -120,14 +127,21 @@ def for_autoattack(model):
     return lambda x: model(x.contiguous(memory_format=torch.channels_last)).float()
 
 
+def tf32(allowed):
+    """A context, or a decorator: whether cuDNN may round what float32 convolutions multiply to 10 bits."""
+    return torch.backends.cudnn.flags(enabled=True, benchmark=torch.backends.cudnn.benchmark, allow_tf32=allowed)
+
+
 @contextlib.contextmanager
 def _left_as_found(model, device):
-    """Restores what pyautoattack alters: the global random state and the trace function; and keeps it from filling the
-    parameters' gradients."""
+    """Restores what pyautoattack alters: the global random state and the trace function; keeps it from filling the
+    parameters' gradients, and cuDNN from timing its algorithms anew for each of the many batch sizes that it sends."""
     parameters = list(model.parameters()) if isinstance(model, torch.nn.Module) else []
     before, trace = [(parameter, parameter.requires_grad) for parameter in parameters], sys.gettrace()
     try:
-        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        cudnn = torch.backends.cudnn
+        with (torch.random.fork_rng([device] if device.type == "cuda" else []),
+              cudnn.flags(enabled=cudnn.enabled, benchmark=False, allow_tf32=cudnn.allow_tf32)):
             for parameter in parameters:
                 parameter.requires_grad_(False)
             yield

@@ -37,14 +37,18 @@ WIDE_GAP = 0.10  # PGD-20 above APGD; 3.5 to 8.6 points were seen here without o
 def parse_args(argv=None):
     parser = cli.Parser(prog="audit.py", description=__doc__)
     eval_attacks.add_model_flags(parser, images="256, or all if there are fewer")
-    add = parser.add_argument
-    add("--epsilon", type=cli.ratio, help="radius of the L-inf ball (default: 8/255; digits: 0.05)")
-    add("--batch-size", type=cli.positive_int, default=256, help="(default: 256)")
-    add("--square-queries", type=cli.positive_int, default=1000, help="of the gradient-free attack (default: 1000)")
-    add("--autoattack", action="store_true", help="run all of AutoAttack (default: APGD-CE and APGD-T, a third of it)")
-    add("--oracle", metavar="FILE", help="another robust model (it gets images in [0, 1]), to judge the attacks")
+    add = parser.add_argument_group("checks").add_argument
+    add("--epsilon", type=cli.ratio, metavar="E", help="radius of the L-inf ball (default: "
+        f"{data.EPSILON['cifar10']}; digits: {data.EPSILON['digits']})")
+    add("--square-queries", type=cli.positive_int, default=1000, metavar="N",
+        help="queries of the gradient-free attack")
+    add("--autoattack", action="store_true", help="run all of AutoAttack, not APGD-CE and APGD-T only, a third of it")
+    add("--oracle", metavar="FILE", help="let this other robust model judge what the attacks preserve; it gets images "
+        "in [0, 1]")
     add("--alphas", nargs="+", type=cli.unit_float, metavar="A", default=[0.0, 0.1, 0.2, 0.4, 0.6, 0.8, 1.0],
-        help="values of α of PGD-LS to judge with --oracle (default: 0 0.1 0.2 0.4 0.6 0.8 1)")
+        help="let --oracle judge PGD-LS with each α")
+    add("--seed", type=cli.natural_int, default=0, help="seed of the random starts")
+    eval_attacks.add_machine_flags(parser)
     return parser, parser.parse_args(argv)
 
 
@@ -64,7 +68,11 @@ class Bench:
         return self.in_batches(functools.partial(attack, restart=restart))
 
     def in_batches(self, attack):
-        return torch.cat([attack(self.x[i], self.test.labels[i], i) for i in self.batches()])
+        """attack(x, y, indices), joined. All batches have one size (the last is filled up with the first images, which
+        do not count twice), so that compiled code is not compiled twice."""
+        n, size = len(self.x), min(self.args.batch_size, len(self.x))
+        filled = torch.arange(-(-n // size) * size, device=self.x.device) % n
+        return torch.cat([attack(self.x[i], self.test.labels[i], i) for i in filled.split(size)])[:n]
 
     def batches(self):
         return torch.arange(len(self.x), device=self.x.device).split(self.args.batch_size)
@@ -161,8 +169,10 @@ def check_square(bench):
     """An attack that sees no gradient must not beat those that do: else the gradient is hidden. PGD runs on CE
     and on the margin, which Square attacks too: so it is the gradient that differs and not the objective."""
     model, epsilon = attacks.for_autoattack(bench.model), float(Fraction(bench.args.epsilon))
-    found = bench.in_batches(lambda x, y, _: attacks.square(
-        model, x, y, epsilon=epsilon, num_queries=bench.args.square_queries, seed=bench.args.seed))
+    # its draws depend on the batch and its model is not compiled: no batch is filled up
+    found = torch.cat([attacks.square(model, bench.x[i], bench.test.labels[i], epsilon=epsilon,
+                                      num_queries=bench.args.square_queries, seed=bench.args.seed)
+                       for i in bench.batches()])
     ce, cw = (bench.stands(objective, num_steps=100) for objective in ("ce", "cw"))
     square, pgd = bench.right(found), ce & cw
     numbers = {"Square": share(square), "PGD-100": share(ce), "CW-100": share(cw), "both": share(pgd)}
@@ -295,7 +305,7 @@ def main(argv=None):
         model, test = model.to(device), test.to(device)
         passes = (sum(STEPS) + 60 * RESTARTS + (200 * len(args.alphas) if oracle else 0)) * len(test.labels)
         x = data.to_float(test.images[:args.batch_size])
-        _, forward = cli.pick_forward(args, model, x, math.ceil(passes / len(x)))
+        _, forward = cli.forward_passes(args, model, x, math.ceil(passes / len(x)))
         result = {"model": scores.describe(info, dataset), "n": len(test.labels), "epsilon": args.epsilon,
                   "seed": args.seed, "device": scores.device_name(device), "precision": args.precision,
                   "torch": torch.__version__, "complete": False, "checks": [],

@@ -2,12 +2,13 @@
 
     python bench.py --arch resnet-18 --defense mart
 
-The textbook: float32 (on a GPU with TF32 in convolutions, torch's default), NCHW, eager, one image batch after the
-other, as the published MART and TRADES code does it. Both sides do the same arithmetic on the same shapes; repeats are
-interleaved, so that a machine that drifts is fair to both.
+The textbook: float32 (on a GPU with TF32 in convolutions, torch's default), NCHW, eager, as the published MART and
+TRADES code does it. Ours: eager, compiled, and on a GPU with CUDA graphs. All do the same work on the same shapes, on a
+GPU in cuDNN's benchmark mode; repeats are interleaved, so that a machine that drifts is fair to all.
 """
 
 import concurrent.futures
+import functools
 import multiprocessing
 import pathlib
 import re
@@ -26,6 +27,8 @@ import losses
 import models
 import scores
 import train_cifar
+
+LEVELS = {"off": "eager", "on": "compiled", "graphs": "graphs"}  # of --compile, each with those before it
 
 
 def parse_args(argv=None):
@@ -126,23 +129,21 @@ def textbook(args):
     return {"training step": step, "attack alone": attack, "evaluation": evaluation}, "eager"
 
 
-def ours(args, precision, compiled):
-    """The same of this repository, by the functions that train_cifar.py and eval_attacks.py call."""
+def ours(args, precision, level):
+    """The same of this repository, by the functions that train_cifar.py and eval_attacks.py call; level: --compile."""
     model = models.build_model(args.arch).to(args.torch_device)
-    train_args = settings(args)
+    train_args = train_cifar.with_defaults({k: vars(args)[k] for k in ("defense", "arch", "num_steps", "batch_size")})
     optimizer = train_cifar.build_optimizer(model, train_args)
     x, y = batch(args, args.batch_size, torch.channels_last)
     x_eval, y_eval = batch(args, args.eval_batch_size, torch.channels_last)
     pixels = x_eval.mul(255).byte()
-    plain = forward = cli.forward_pass(model, precision)
-    how = "eager"
-    if compiled:
-        forward, how = cli.compiled_pass(model, plain, x)
+    eager = cli.forward_pass(model, precision)
+    forward, level, words = cli.fast_pass(model, eager, x, level, 1 + (args.defense != "madry"))
     both = models.BothPasses(model, forward)
 
     def attack():
         start = attacks.start_perturbation("gaussian", x, 8 / 255)
-        return train_cifar.inner_maximisation(model, plain, forward, x, y, start, train_args)
+        return train_cifar.inner_maximisation(model, forward, x, y, start, train_args)
 
     def step():
         train_cifar.outer_minimisation(both, optimizer, x, attack(), y, train_args)
@@ -155,13 +156,7 @@ def ours(args, precision, compiled):
         with models.frozen(model):
             scores.attacked_logits(model, pixels, y_eval, pgd, args.eval_batch_size)
 
-    return {"training step": step, "attack alone": attack, "evaluation": evaluation}, how
-
-
-def settings(args):
-    """train_cifar.py's own arguments for this defense, architecture and number of steps."""
-    typed = {"defense": args.defense, "arch": args.arch, "num_steps": args.num_steps, "batch_size": args.batch_size}
-    return train_cifar.with_defaults(typed)
+    return {"training step": step, "attack alone": attack, "evaluation": evaluation}, "; ".join([LEVELS[level], *words])
 
 
 # Measuring. -----------------------------------------------------------------------------------------------------------
@@ -201,17 +196,21 @@ def matrix_product_rate(device, name, size=2048):
 
 def sides_of(args):
     """{name: (constructor of the functions, its arithmetic)}"""
-    compiled = args.compile != "off"
+    cuda = args.torch_device.type == "cuda"
     # torch's default, which pick_device turns off, and with which the published code runs, is TF32 in convolutions
-    sides = {"textbook": (lambda: textbook(args), "tf32" if args.torch_device.type == "cuda" else "fp32")}
-    for name in ("fp32", "bf16") if args.precision == "bf16" else ("fp32",):
-        sides[f"ours, {name}"] = (lambda name=name: ours(args, name, compiled), name)
+    sides = {"textbook": (lambda: textbook(args), "tf32" if cuda else "fp32")}
+    last = ("graphs" if cuda else "on") if args.compile == "auto" else args.compile
+    levels = list(LEVELS)[: list(LEVELS).index(last) + 1]
+    float32 = [("fp32", levels[:2][-1])] if args.precision == "bf16" else []  # at the best level of both devices
+    for precision, level in float32 + [(args.precision, level) for level in levels]:
+        sides[f"ours, {precision} {LEVELS[level]}"] = (functools.partial(ours, args, precision, level), precision)
     return sides
 
 
 def peak_memory(args, name):
     """Bytes at the peak of two training steps of one side: of the GPU, or of a process of its own on a CPU."""
     if args.torch_device.type == "cuda":
+        torch.compiler.reset()
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()  # by the models that were timed
@@ -263,12 +262,12 @@ def compare(args):
             "gflop_per_s": needed[name] / median / 1e9,
             "share_of_matrix_product": needed[name] / median / rates[sides[side][1]]})
     torch.backends.cudnn.allow_tf32 = False
-    extra = {side: first[side] - warm_up * sum(statistics.median(times[side, name]) for name in needed)
-             for side in sides}
+    extra = {side: first[side] - warm_up * sum(statistics.median(times[side, of]) for of in needed) for side in sides}
     memory = {side: peak_memory(args, side) for side in sides}
+    hours = {row["side"]: 90 * 50_000 / row["images_per_s"] / 3600 for row in rows if row["work"] == "training step"}
     return {"rows": rows, "matrix_product_gflop_per_s": {k: v / 1e9 for k, v in rates.items()},
             "how": {side: how for side, (_, how) in built.items()}, "compile_and_warm_up_seconds": extra,
-            "peak_memory_bytes": memory}
+            "peak_memory_bytes": memory, "hours_of_90_epochs": hours}
 
 
 def scaling(args):
@@ -276,33 +275,33 @@ def scaling(args):
     points = [("batch size", n, {"batch_size": n}) for n in (32, 64, 128, 256, 512)]
     points += [("width", w, {"arch": f"wrn-16-{w}"}) for w in (1, 2, 4)]
     points += [("attack steps", k, {"num_steps": k}) for k in (1, 2, 5, 10, 20)]
-    rows, compiled = [], args.compile == "on"
+    rows, level = [], "off" if args.compile == "auto" else args.compile
     for what, value, change in tqdm(points, unit="point", dynamic_ncols=True):
         point = Namespace(**vars(args) | {"eval_batch_size": 1} | change)
-        step = ours(point, args.precision, compiled)[0]["training step"]
-        seconds = cli.seconds(step, args.torch_device, repeats=args.repeats)
+        torch.compiler.reset()  # gives back what the point before it compiled
+        work, how = ours(point, args.precision, level)
+        seconds = cli.seconds(work["training step"], args.torch_device, repeats=args.repeats)
         rows.append({"varied": what, "value": value, "seconds": seconds, "images_per_s": point.batch_size / seconds,
-                     "gflop_per_s": flops(point)["training step"] / seconds / 1e9})
-    return {"rows": rows, "precision": args.precision, "compile": "on" if compiled else "off"}
+                     "gflop_per_s": flops(point)["training step"] / seconds / 1e9, "how": how})
+    return {"rows": rows, "precision": args.precision, "compile": level}
 
 
 def table(result):
-    lines = []
     if result["scaling"]:
-        lines.append(f"{'varied':<14}{'value':>6}{'seconds':>10}{'images/s':>10}{'GFLOP/s':>10}")
+        lines = [f"{'varied':<14}{'value':>6}{'seconds':>10}{'images/s':>10}{'GFLOP/s':>10}  how"]
         for row in result["rows"]:
             lines.append(f"{row['varied']:<14}{row['value']:>6}{row['seconds']:>10.3f}{row['images_per_s']:>10.1f}"
-                         f"{row['gflop_per_s']:>10.0f}")
+                         f"{row['gflop_per_s']:>10.0f}  {row['how']}")
         return "\n".join(lines)
-    lines.append(f"{'work':<15}{'side':<12}{'images/s':>10}{'ratio':>8}{'range':>14}{'GFLOP/s':>10}{'of product':>12}")
+    lines = [f"{'work':<15}{'side':<20}{'images/s':>10}{'ratio':>8}{'range':>14}{'GFLOP/s':>10}{'of product':>12}"]
     for row in sorted(result["rows"], key=lambda row: row["work"], reverse=True):
         low, high = row["ratio_range"]
-        lines.append(f"{row['work']:<15}{row['side']:<12}{row['images_per_s']:>10.1f}{row['ratio']:>8.2f}"
+        lines.append(f"{row['work']:<15}{row['side']:<20}{row['images_per_s']:>10.1f}{row['ratio']:>8.2f}"
                      f"{f'{low:.2f}-{high:.2f}':>14}{row['gflop_per_s']:>10.0f}{row['share_of_matrix_product']:>12.0%}")
     for side, seconds in result["compile_and_warm_up_seconds"].items():
-        memory = result["peak_memory_bytes"][side]
+        memory, hours = result["peak_memory_bytes"][side] / 2**20, result["hours_of_90_epochs"][side]
         lines.append(f"{side}: {result['how'][side]}; compile and warm-up {seconds:.0f} s in all, "
-                     f"peak memory of a step {memory / 2**20:.0f} MiB")
+                     f"peak memory of a step {memory:.0f} MiB, 90 epochs of this take {hours:.1f} hours here")
     rates = ", ".join(f"{dtype} {rate:.0f}" for dtype, rate in result["matrix_product_gflop_per_s"].items())
     return "\n".join([*lines, f"matrix product in the same run, GFLOP/s: {rates}"])
 
@@ -313,7 +312,8 @@ def main(argv=None):
               "command": scores.command("bench.py", argv),
               "settings": {k: v for k, v in vars(args).items() if isinstance(v, str | int)}}
     args.precision, _ = cli.pick_precision(args.precision, args.torch_device)  # once, for this process and its child
-    result |= scaling(args) if args.scaling else compare(args)
+    with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):  # by default eager code is run, and timed
+        result |= scaling(args) if args.scaling else compare(args)
     print(f"{result['device']}, torch {torch.__version__}: {args.arch}, {args.defense}, batch {args.batch_size}, "
           f"PGD-{args.num_steps}; evaluation PGD-{args.eval_steps}, batch {args.eval_batch_size}")
     print(table(result))

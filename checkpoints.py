@@ -1,13 +1,12 @@
 """Files: this project's checkpoints (written atomically, resumable), released state dicts of the same architectures,
 and arrays of pseudo-labelled images.
 
-Nothing from a file is executed: torch.load runs with weights_only=True everywhere, and a pickle may name arrays only.
+Nothing from a file is executed: torch.load runs with weights_only=True everywhere, and pickles.py reads the arrays.
 """
 
 import hashlib
 import os
 import pathlib
-import pickle
 import re
 import warnings
 import zipfile
@@ -16,6 +15,7 @@ import numpy as np
 import torch
 
 import models
+import pickles
 
 FORMAT = "spat-1"
 _PREFIX = re.compile(r"^(module\.|model\.|_orig_mod\.)+")
@@ -62,8 +62,16 @@ def load(path, device="cpu"):
     if head.lstrip().startswith(b"<"):
         raise ValueError(f"{path}: an HTML page, not a model: the download went wrong")
     try:
-        if zipfile.is_zipfile(path) and zipfile.ZipFile(path).testzip():
-            raise ValueError("checksum")  # torch.load does not look at the checksums
+        if head.startswith(b"PK\3\4"):  # as torch.load tells the two formats apart
+            with zipfile.ZipFile(path) as archive:
+                if archive.testzip():
+                    raise ValueError("checksum")  # torch.load does not look at the checksums
+                for entry in archive.infolist():
+                    if entry.filename.endswith(".pkl"):
+                        pickles.refuse_deep_tuples(archive.open(entry))
+        else:
+            with open(path, "rb") as file:
+                pickles.refuse_deep_tuples(file, number=5)
         with warnings.catch_warnings(action="ignore"):  # on another pickle protocol than torch's
             return torch.load(path, map_location=device, weights_only=True)
     except Exception as error:  # torch.load raises nearly anything on a damaged file
@@ -140,7 +148,7 @@ def _normalisation(state, content, stated):
     if len(layer) == 2:
         found = tuple(state[layer[name]].flatten().tolist() for name in ("mean", "std"))
         state = {key: value for key, value in state.items() if key not in layer.values()}
-        if any(len(values) != 3 for values in found) or min(found[1]) <= 0:
+        if any(len(values) != 3 for values in found) or not all(value > 0 for value in found[1]):  # nor nan
             raise ValueError("its normalisation is not three means and three positive standard deviations")
     elif stated is None and (place not in (None, "0") or content.get("normalize_input")):
         raise ValueError("it was trained behind a normalisation that is not in the file: state it with --normalize "
@@ -167,7 +175,8 @@ def load_model(path, device="cpu", arch=None, num_classes=None, normalize=None):
     for container in ("state_dict", "model_state_dict"):
         state = state.get(container, state) if isinstance(state, dict) else None
     if not isinstance(state, dict) or not all(
-            isinstance(key, str) and isinstance(value, torch.Tensor) for key, value in state.items()):
+            isinstance(key, str) and isinstance(value, torch.Tensor) and not value.is_complex()
+            for key, value in state.items()):
         raise ValueError(f"{path}: holds no state dict")
     state = {_PREFIX.sub("", key): value for key, value in state.items()}
     try:
@@ -184,43 +193,32 @@ def load_model(path, device="cpu", arch=None, num_classes=None, normalize=None):
                 "normalize": normalize}
         if content.get("format") == FORMAT:
             info |= _header(content)
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
-    model = models.build_model(found_arch, found_classes)
-    model.load_state_dict(state)
+        model = models.build_model(found_arch, found_classes)
+        model.load_state_dict(state)
+    except Exception as error:  # torch's, where a tensor is sparse, quantized, complex, without memory, ...
+        raise ValueError(f"{path}: {' '.join(str(error).split())}") from None
     if normalize:
         model = models.Normalised(model, *normalize)
     return model.to(device).eval(), info
 
 
-class _ArraysOnly(pickle.Unpickler):
-    """Builds numpy arrays and plain containers and nothing else: whatever else a file names is refused, not run."""
-
-    ALLOWED = {("numpy", "ndarray"), ("numpy", "dtype"), ("_codecs", "encode")} | {
-        (f"numpy.{core}.{module}", name) for core in ("core", "_core") for module, name in (
-            ("multiarray", "_reconstruct"), ("multiarray", "scalar"), ("numeric", "_frombuffer"))}
-
-    def find_class(self, module, name):
-        if (module, name) not in self.ALLOWED:
-            raise ValueError(f"it names {module}.{name}, which is no array")
-        return super().find_class(module.replace("numpy.core", "numpy._core"), name)
-
-
-def load_arrays(path):
-    """{name: array} of an .npz file or of a pickle such as RST's, read without running anything; raises ValueError with
-    one line for a file that is neither."""
+def load_arrays(path, names=("data", "extrapolated_targets")):
+    """{name: array} of an .npz file or of a pickle such as RST's, whose names are the default; nothing in it is run.
+    Arrays may be read-only. Raises ValueError with one line for a file that is neither or lacks one of the names."""
     path = pathlib.Path(path)
     if not path.is_file():
         raise ValueError(f"{path}: no such file")
     try:
         if zipfile.is_zipfile(path):
-            with np.load(path) as file:
-                return {name: value for name, value in file.items() if isinstance(value, np.ndarray)}
-        with open(path, "rb") as file:
-            content = _ArraysOnly(file).load()
-        if isinstance(content, dict):
-            return {name: np.asarray(value) for name, value in content.items()}
-        raise ValueError(f"it holds a {type(content).__name__}")
+            with np.load(path) as file, warnings.catch_warnings(action="ignore"):  # on a header of Python 2
+                arrays, held = {name: file[name] for name in names if name in file.files}, file.files
+        else:
+            with open(path, "rb") as file:
+                arrays, held = pickles.read_arrays(file, names)
     except Exception as error:  # a damaged file may raise nearly anything
         why = " ".join(str(error).split()) or type(error).__name__
-        raise ValueError(f"{path}: neither an .npz nor a pickle of arrays ({why})") from None
+        raise ValueError(f"{path}: neither an .npz nor a pickle of arrays ({why:.200})") from None
+    for name in names:
+        if not isinstance(arrays.get(name), np.ndarray):
+            raise ValueError(f"{path}: holds no `{name}` but {', '.join(map(repr, held)) or 'nothing':.200}")
+    return arrays

@@ -87,8 +87,8 @@ def add_runtime_flags(parser, default=None):
     group = parser.add_argument_group("machine")
     group.add_argument("--precision", choices=("auto", "fp32", "bf16"), default=default,
                        help="bf16: autocast, weights stay float32; auto: the faster on this machine (default: auto)")
-    group.add_argument("--compile", choices=("auto", "on", "off"), default=default,
-                       help="torch.compile; auto: if there is enough work to pay for it (default: auto)")
+    group.add_argument("--compile", choices=("auto", "on", "graphs", "off"), default=default,
+                       help="torch.compile; graphs: with CUDA graphs; auto: on if the work repays it (default: auto)")
     group.add_argument("--device", choices=("auto", "cpu", "cuda"), default=default,
                        help="auto: the GPU, if there is one (default: auto)")
     return group
@@ -102,6 +102,7 @@ def pick_device(name):
         raise ValueError("--device cuda: torch finds no CUDA device here")
     if name == "cuda":
         torch.backends.cudnn.allow_tf32 = False  # torch's default rounds float32 convolutions to 10 bits
+        torch.backends.cudnn.benchmark = True  # shapes are fixed; where they are not attacks.py turns it off
     else:
         _keep_freed_memory()
     return torch.device(name)
@@ -140,10 +141,10 @@ def pick_precision(name, device):
     if device.type == "cuda":
         units = torch.cuda.is_bf16_supported(including_emulation=False)
         return ("bf16", "the GPU has bf16 units") if units else ("fp32", "the GPU has no bf16 units")
-    a = torch.randn(1024, 1024)
+    a = torch.randn(512, 512)  # not larger: where bf16 is emulated 1024 took 10 s
     b = a.bfloat16()
     ratio = seconds(lambda: a @ a, device) / seconds(lambda: b @ b, device)
-    return "bf16" if ratio > 1.3 else "fp32", f"a bf16 matrix product runs at {ratio:.1f}x the speed of float32 here"
+    return "bf16" if ratio > 1.3 else "fp32", f"a bf16 matrix product runs at {ratio:.2g}x the speed of float32 here"
 
 
 def forward_pass(model, precision="fp32"):
@@ -153,58 +154,59 @@ def forward_pass(model, precision="fp32"):
         with torch.autocast(x.device.type, torch.bfloat16, enabled=precision == "bf16"):
             return model(x)
 
+    # torch.compile stores its code with the code object, which closures share, and after eight falls silently to eager
+    forward.__code__ = forward.__code__.replace()
     return forward
 
 
-def _attack_pass(forward, x):
-    inputs = x.detach().requires_grad_()
-    torch.autograd.grad(forward(inputs).float().sum(), inputs)
-
-
 def pick_compile(name, model, eager, x, passes):
-    """"auto", "on" or "off" -> ("on" or "off", the reason in words). auto: on, where `passes` passes of the callable
-    `eager` over batches like x take so long that compiling pays."""
+    """(`name`, the reason in words), where "auto" is "on" if `passes` passes of the callable `eager` over batches like
+    x take so long that compiling pays, else "off". CUDA graphs, not yet seen at work here, must be asked for."""
     if name != "auto":
         return name, "as asked"
-    with models.frozen(model):
-        minutes = seconds(lambda: _attack_pass(eager, x), x.device, repeats=1) * passes / 60
-    if minutes < COMPILE_PAYS_MINUTES:
-        return "off", f"eager needs about {minutes:.0f} minutes, too few for compiling to pay"
-    return "on", f"eager needs about {minutes:.0f} minutes"
+    minutes = seconds(lambda: models.rehearse(model, eager, x), x.device, repeats=1) * passes / 60
+    few = minutes < COMPILE_PAYS_MINUTES
+    return "off" if few else "on", f"eager needs about {minutes:.0f} minutes{few * ', too few for compiling to pay'}"
 
 
-def compiled_pass(model, eager, x):
-    """(callable x -> logits, what came of it in words): `eager` compiled for batches like x, or, if the compiler is
-    missing or fails, `eager` itself."""
-    # reduce-overhead captures CUDA graphs; whoever keeps a result of `compiled` beyond its next call must copy it
-    mode = "reduce-overhead" if x.device.type == "cuda" else "default"
-    compiled, start = torch.compile(eager, dynamic=False, mode=mode), time.perf_counter()
+def compiled_pass(model, eager, x, level="on", train_passes=0):
+    """(callable x -> logits, what came of it in words): `eager` compiled for batches like x, at the level "graphs" with
+    CUDA graphs, and tried; or `eager` itself, if that fails. train_passes: the forward passes of a training step."""
+    graphs, start = level == "graphs", time.perf_counter()
     try:
-        with models.frozen(model):
-            _attack_pass(compiled, x)
+        # whoever keeps a result of a CUDA graph beyond the next call must copy it
+        compiled = torch.compile(eager, dynamic=False, mode="reduce-overhead" if graphs else "default")
+        # or_error: else torch leaves out what it cannot record. Three rounds: one warms up, one records, one replays.
+        with torch._inductor.config.patch("triton.cudagraph_or_error", graphs):
+            models.rehearse(model, compiled, x, 3 if graphs else 1, train_passes)
     except Exception as error:  # whatever the toolchain may raise: the run must go on
-        return eager, f"torch.compile failed ({type(error).__name__}): going on without"
-    return compiled, f"the attack's graph took {time.perf_counter() - start:.0f} s to compile"
+        return eager, f"torch.compile failed ({type(error).__name__}): {str(error).strip().partition(chr(10))[0]}"
+    return compiled, f"{time.perf_counter() - start:.0f} s to compile and try"
 
 
-def pick_forward(args, model, x, passes):
-    """(eager, fast) callables x -> logits of the model, by args.precision and args.compile. What auto comes to goes
+def fast_pass(model, eager, x, level, train_passes=0):
+    """(callable x -> logits, its level, [what came of it in words]): of "graphs", "on" and "off", `eager` itself, the
+    first from `level` on that works in all processes; for the rest see compiled_pass."""
+    words = ["no CUDA graphs on a CPU"] if level == "graphs" and not x.is_cuda else []
+    for tried in {"off": (), "on": ("on",), "graphs": ("graphs", "on")}[level][len(words):]:
+        forward, why = compiled_pass(model, eager, x, tried, train_passes)
+        if not any_process(forward is eager)[0]:
+            return forward, tried, [*words, why]
+        words.append(why if forward is eager else "torch.compile failed in another process")
+        torch.compiler.reset()  # gives back what was recorded
+    return eager, "off", words
+
+
+def forward_passes(args, model, x, passes, train_passes=0):
+    """(eager, fast) callables x -> logits of the model, by args.precision and args.compile. What these come to goes
     into args, the same on all processes, and onto the screen. passes: how many, over batches like x, are to come."""
     args.precision, why = agreed(pick_precision(args.precision, x.device))
-    eager = forward = forward_pass(model, args.precision)
+    eager = forward_pass(model, args.precision)
     args.compile, why_compile = agreed(pick_compile(args.compile, model, eager, x, passes))
-    if args.compile == "on":
-        forward, why_compile = compiled_pass(model, eager, x)
-        if any_process(forward is eager)[0]:
-            forward, args.compile = eager, "off"
+    forward, args.compile, words = fast_pass(model, eager, x, args.compile, train_passes)
     if rank_and_world()[0] == 0:
-        print(f"precision {args.precision}: {why}\ncompile {args.compile}: {why_compile}")
+        print(f"precision {args.precision}: {why}\ncompile {args.compile}: {'; '.join([why_compile, *words])}")
     return eager, forward
-
-
-def float32_pass(args, model, x):
-    """The fast callable in float32, whatever args.precision is, once pick_forward has decided about compiling."""
-    return compiled_pass(model, forward_pass(model), x)[0] if args.compile == "on" else model
 
 
 # Several processes, started by torchrun. With one, these do nothing. --------------------------------------------------
@@ -253,8 +255,12 @@ def any_process(*flags):
     return [bool(v) for v in sum_over_processes(torch.tensor([float(bool(f)) for f in flags] or [0.0], device=device))]
 
 
+def barrier():
+    """Waits for all processes."""
+    any_process()
+
+
 def broadcast_buffers(model):
     """Rank 0's batch-norm statistics for all, so that every process attacks the same model."""
-    if dist.is_initialized():
-        for buffer in model.buffers():
-            dist.broadcast(buffer, 0)
+    for buffer in model.buffers() if dist.is_initialized() else ():
+        dist.broadcast(buffer, 0)

@@ -8,6 +8,7 @@ import contextlib
 import fcntl
 import os
 import pathlib
+import warnings
 from typing import NamedTuple
 
 import numpy as np
@@ -141,23 +142,20 @@ def load(name, data_dir="data", train=True):
 def as_images(path, arrays):
     """The array `data` of a file, uint8 of N x 32 x 32 x 3 or N x 3 x 32 x 32, as a (N, 3, 32, 32) tensor without a
     copy; raises ValueError. arrays: of checkpoints.load_arrays."""
-    images = arrays.get("data")
-    if images is None:
-        raise ValueError(f"{path}: holds no `data` but {', '.join(map(str, arrays)) or 'nothing'}")
+    images = arrays["data"]
     if images.dtype != np.uint8 or images.ndim != 4 or 3 not in (images.shape[1], images.shape[3]):
         raise ValueError(f"{path}: `data` is {images.dtype} {images.shape}, not uint8 N x H x W x 3 or N x 3 x H x W")
-    if len(images) == 0:
+    if images.size == 0:
         raise ValueError(f"{path}: holds no images")
-    images = torch.from_numpy(images)
+    with warnings.catch_warnings(action="ignore"):  # of an array that cannot be written: nobody writes to it
+        images = torch.from_numpy(images)
     return images if images.shape[1] == 3 else images.permute(0, 3, 1, 2)
 
 
 def pseudo_labelled(path, arrays, like):
     """The data set `like` with a file's `data` and `extrapolated_targets` (RST's names) as its aux; raises ValueError
     if they do not fit it. arrays: what the file at `path` holds."""
-    images, labels = as_images(path, arrays), arrays.get("extrapolated_targets")
-    if labels is None:
-        raise ValueError(f"{path}: holds no `extrapolated_targets` but {', '.join(map(str, arrays))}")
+    images, labels = as_images(path, arrays), arrays["extrapolated_targets"]
     if labels.dtype.kind not in "iu" or labels.shape != (len(images),):
         raise ValueError(f"{path}: `extrapolated_targets` is {labels.dtype} {labels.shape}, not {len(images)} integers")
     if labels.min() < 0 or labels.max() >= len(like.classes):

@@ -81,6 +81,7 @@ def parse_args(argv=None):
         help="run cw with each confidence κ; one below 1 is crafted in float32")
     add("--pool", action="store_true", help="attack only what the attacks before left standing; the rows accumulate")
     add("--seed", type=cli.natural_int, default=0, help="seed of the random starts")
+    add("--tf32", action="store_true", help="let what is crafted in float32 use a GPU's TF32; the counting never does")
     add = add_machine_flags(parser)
     add("--save-examples", metavar="FILE", help="write each image's predictions and margins to this .npz")
     add("--save-images", action="store_true", help="put the attacked images into it, float32, 12 kB each")
@@ -93,6 +94,7 @@ def parse_args(argv=None):
         (args.restarts > 1 and args.random_start == "none", "--restarts: without a random start all are the same"),
         (args.epsilon and args.epsilons, "--epsilon and --epsilons exclude one another"),
         (args.pool and args.epsilons, "--pool: an image broken at one radius may stand at another of --epsilons"),
+        (args.tf32 and (args.device == "cpu" or not torch.cuda.is_available()), "--tf32: a CPU does not have it"),
         (args.save_images and not args.save_examples, "--save-images goes with --save-examples"),
     ):
         if wrong:
@@ -174,51 +176,52 @@ def official_attack(model, test, chosen, params, bar):
     return (lambda x, y, indices: x_adv[indices]), after
 
 
-def run_attack(attack, forward, images, chosen, bar):
+def run_attack(attack, forward, images, chosen, tf32, bar):
     """One row's attack, crafted by the callable `forward`, on the images of the mask `chosen`; of several restarts each
     on what those before left standing. Returns extra entries of the row."""
+    crafting = attacks.tf32(tf32 and "precision" not in attack.params)
     if not attack.params:
         images.attack(None, chosen, bar.update)
     elif "components" in attack.params:
-        look_up, after = official_attack(images.model, images.test, chosen, attack.params, bar)
+        look_up, after = crafting(official_attack)(images.model, images.test, chosen, attack.params, bar)
         images.attack(look_up, chosen, bar.update)
         return {"after": after}
     else:
-        craft, passes = scores.make_attack(forward, attack.params), 1 + attack.params["num_steps"]
+        craft, passes = crafting(scores.make_attack(forward, attack.params)), 1 + attack.params["num_steps"]
         for restart in range(attack.params.get("restarts", 1)):
             images.attack(functools.partial(craft, restart=restart), chosen, lambda n: bar.update(n * passes))
             chosen = chosen & images.right()
     return {}
 
 
-def forward_passes(args, model, test, todo):
+def crafting_passes(args, model, test, todo):
     """The callables x -> logits that craft: (in args.precision, in float32)."""
     n, world = len(test.labels), cli.rank_and_world()[1]
     x = data.to_float(test.images[:min(args.batch_size, -(-n // world))])
     passes = sum(attack.passes for attack in todo if "components" not in attack.params)
-    _, forward = cli.pick_forward(args, model, x, passes * n / len(x) / world)
-    if args.precision != "fp32" and any("precision" in attack.params for attack in todo):
-        return forward, cli.float32_pass(args, model, x)
+    _, forward = attacks.tf32(args.tf32)(cli.forward_passes)(args, model, x, passes * n / len(x) / world)
+    if (args.tf32 or args.precision != "fp32") and any("precision" in attack.params for attack in todo):
+        return forward, cli.fast_pass(model, cli.forward_pass(model), x, args.compile)[0]
     return forward, forward
 
 
 def evaluate(model, test, args, result, device):
     """Run the attacks of args on the test images and append their outcomes to result["attacks"]."""
     todo, model, test = attack_list(args), model.to(device), test.to(device)
-    forward, forward_fp32 = forward_passes(args, model, test, todo)
-    result |= {"precision": args.precision, "compile": args.compile}
-    images = scores.AttackedImages(model, test, args.batch_size, args.compile == "on", args.save_images)
+    forward, forward_fp32 = crafting_passes(args, model, test, todo)
+    result |= {"precision": args.precision, "tf32": args.tf32, "compile": args.compile}
+    images = scores.AttackedImages(model, test, args.batch_size, args.compile != "off", args.save_images)
     natural, examples = None, {"labels": test.labels.cpu().numpy()}
     with models.frozen(model), Progress(todo, len(test.labels)) as bar:
         for attack in todo:
             start = bar.begin(attack)
             chosen = images.right() if args.pool else torch.ones_like(test.labels, dtype=torch.bool)
             of_precision = forward_fp32 if "precision" in attack.params else forward
-            extra = run_attack(attack, of_precision, images, chosen, bar) if chosen.any() else {}
+            extra = run_attack(attack, of_precision, images, chosen, args.tf32, bar) if chosen.any() else {}
             if not attack.params:
                 natural = images.logits
             elif natural is not None and not args.pool:
-                extra |= scores.shares(natural, images.logits, test.labels, attack.params.get("alpha"))
+                extra |= scores.spat_shares(natural, images.logits, test.labels, attack.params.get("alpha"))
             row = scores.outcome(attack.name, attack.params, images.right().cpu(), time.perf_counter() - start) | extra
             result["attacks"].append(row)
             bar.end(attack, row, len(test.classes))

@@ -230,3 +230,20 @@ def frozen(model):
             module.training = training
         for parameter, requires_grad in wants:
             parameter.requires_grad_(requires_grad)
+
+
+def rehearse(model, forward, x, rounds=1, train_passes=0):
+    """The passes over batches like x that are to come: the attack's, and of a training step the forward passes, in the
+    mode that the model is in, and their backward pass. Leaves no trace."""
+    inputs, buffers = x.detach().requires_grad_(), [(buffer, buffer.clone()) for buffer in model.buffers()]
+    try:
+        with torch.random.fork_rng([x.device] if x.is_cuda else []):
+            for _ in range(rounds):
+                with frozen(model):
+                    torch.autograd.grad(forward(inputs).float().sum(), inputs)
+                if train_passes:  # grad() and not backward(), which would leave .grad behind
+                    total = sum(forward(x).float().sum() for _ in range(train_passes))
+                    torch.autograd.grad(total, list(model.parameters()))
+    finally:
+        for buffer, before in buffers:
+            buffer.copy_(before)  # in place: a CUDA graph reads it where it lies

@@ -36,7 +36,7 @@ def parse_args(argv=None):
 def read_images(path):
     """The array `data` of a file, or the images of a folder, in the order of their names; uint8. Raises ValueError."""
     if not path.is_dir():
-        arrays = checkpoints.load_arrays(path)
+        arrays = checkpoints.load_arrays(path, ["data"])
         data.as_images(path, arrays)  # its checks
         return arrays["data"]
     files = sorted(file for file in path.iterdir() if file.suffix.lower() in data.IMAGE_SUFFIXES)

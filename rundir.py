@@ -21,7 +21,7 @@ import losses
 import models
 
 SHARES_EVERY = 8  # steps: the two logged shares of examples cost forward passes of their own
-READ_EVERY = {"cpu": 1, "cuda": 10}  # steps: reading a number waits for the GPU; signals to several processes wait too
+READ_EVERY = {"cpu": 1, "cuda": 10}  # steps: reading a number waits for the GPU, a signal to several processes for it
 
 
 @contextlib.contextmanager
@@ -236,12 +236,12 @@ def write_log(out_dir, rows):
 
 
 @torch.no_grad()
-def shares(run, plain, x, x_adv, y):
+def sampled_shares(run, eager, x, x_adv, y):
     """For the log, of one batch in SHARES_EVERY: (3,), losses.spat_counts and of how many examples; else zeros."""
     if x_adv is None or run.step % run.steps_per_epoch % SHARES_EVERY:
         return x.new_zeros(3)
     with models.frozen(run.model):
-        counts = losses.spat_counts(plain(x), plain(x_adv), y, run.args.spat_alpha or 0.0)
+        counts = losses.spat_counts(eager(x), eager(x_adv), y, run.args.spat_alpha or 0.0)
     return torch.cat([counts, counts.new_full((1,), len(y))]).float()
 
 

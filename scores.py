@@ -59,8 +59,7 @@ def make_attack(forward, params):
 
     def attack(x, y, indices, restart=0):
         start = attacks.start_per_image(params["random_start"], x, epsilon, indices, params.get("seed", 0), restart)
-        with torch.no_grad():
-            target = forward(x).float().softmax(1) if params["objective"] == "kl" else y
+        target = attacks.probabilities(forward, x) if params["objective"] == "kl" else y
 
         def iterate(model):
             return attacks.pgd(model, x, target, objective, epsilon=epsilon, random_start=start,
@@ -184,7 +183,7 @@ def outcome(name, params, correct_mask, seconds=0.0):
             "correct_mask": np.packbits(correct_mask.numpy()).tobytes().hex()}
 
 
-def shares(natural, attacked, y, alpha=None):
+def spat_shares(natural, attacked, y, alpha=None):
     """More of an attack's entry: the shares of losses.spat_counts, the first for PGD-LS only. Logits are (n, K)."""
     confident, easier = (losses.spat_counts(natural, attacked, y, alpha or 0.0).double() / len(y)).tolist()
     return {"share_made_easier": easier} | ({} if alpha is None else {"share_p_y_above_1_minus_alpha": confident})

@@ -206,13 +206,14 @@ def build_optimizer(model, args):
                            nesterov=args.nesterov, fused=True)
 
 
-def forward_passes(run, train_set):
+def training_passes(run, train_set):
     """The model's forward pass as callables x -> logits: eager, and fast, which may be compiled; and by the latter both
     passes of a training step, (x, x_adv) -> (logits_nat, logits_adv)."""
     args = run.args
-    x, _, _ = training_batch(args, train_set, torch.arange(args.batch_size) % len(train_set.labels), step=0)
+    x = data.to_float(train_set.images[torch.arange(args.batch_size // run.world) % len(train_set.labels)])
     passes_a_step = 2 if args.defense == "standard" else args.num_steps + 4
-    eager, fast = cli.pick_forward(args, run.model, x, (run.total_steps - run.step) * passes_a_step)
+    eager, fast = cli.forward_passes(args, run.model, x, (run.total_steps - run.step) * passes_a_step,
+                                   train_passes=1 + (args.defense in ("trades", "mart")))
     both = models.BothPasses(run.model, fast)
     if run.world > 1:
         both = torch.nn.parallel.DistributedDataParallel(both, broadcast_buffers=False)
@@ -241,7 +242,7 @@ def inner_maximisation(model, forward, x, y, start, args):
     epsilon, step_size = float(Fraction(args.epsilon)), float(Fraction(args.step_size))
     with models.frozen(model):
         if objective is losses.kl_divergence:
-            target = forward(x).float().softmax(1)  # no graph: neither x nor the frozen weights want a gradient
+            target = attacks.probabilities(forward, x)
         return attacks.pgd(forward, x, target, objective, epsilon=epsilon, step_size=step_size,
                            num_steps=args.num_steps, random_start=start)
 
@@ -263,7 +264,7 @@ def train(args, state, train_set, val_set, device, stop=()):
     torch.manual_seed(args.seed)  # for the initial weights; every later draw is a function of (seed, step)
     model = models.build_model(args.arch, len(train_set.classes)).to(device)
     run = rundir.Run(args, model, build_optimizer(model, args), train_set, state)
-    plain, forward, both = forward_passes(run, train_set)
+    eager, forward, both = training_passes(run, train_set)
     with run.begin(state):
         for epoch in range(run.step // run.steps_per_epoch, args.epochs):
             order = data.batches(len(train_set.labels), args.batch_size, args.seed, epoch, aux_images(args)).to(device)
@@ -273,7 +274,7 @@ def train(args, state, train_set, val_set, device, stop=()):
                 run.set_rate(learning_rate(args, epoch + 1, run.step / run.total_steps))
                 x, y, start = training_batch(args, train_set, indices, run.step)
                 x_adv = inner_maximisation(model, forward, x, y, start, args)
-                shares = rundir.shares(run, plain, x, x_adv, y)  # before the step: of the model that was attacked
+                shares = rundir.sampled_shares(run, eager, x, x_adv, y)  # of the model that was attacked
                 loss, logits_nat, logits_adv = outer_minimisation(both, run.optimizer, x, x_adv, y, args)
                 cli.broadcast_buffers(model)
                 run.count(torch.cat([rundir.tally(loss, logits_nat, logits_adv, y), shares]))
@@ -285,7 +286,7 @@ def main(argv=None):
     parser, typed = parse_args(argv)
     with contextlib.ExitStack() as stack:
         try:
-            args, state = new_or_resumed(typed)
+            args, state = new_or_resumed(typed)  # for all that can be wrong with the flags
             device, rank, world = stack.enter_context(cli.join_job(args.device))
             if args.batch_size % world:
                 raise ValueError(f"--batch-size {args.batch_size} cannot be split evenly over {world} processes")
@@ -293,19 +294,21 @@ def main(argv=None):
             train_set, val_set = data.split(dataset, args.val_size, args.limit_train)
             if args.aux_data:
                 train_set = data.pseudo_labelled(args.aux_data, checkpoints.load_arrays(args.aux_data), train_set)
-            cli.any_process()  # all have looked at the directory before one writes into it
+            cli.barrier()  # nobody has found anything wrong
             out_dir = pathlib.Path(args.out_dir)
             if rank == 0:
-                out_dir.mkdir(parents=True, exist_ok=True)
                 stack.enter_context(rundir.run_lock(out_dir))
                 print(f"{args.dataset}: {len(train_set.labels)} images to train on, {len(val_set.labels)} held out")
+            cli.barrier()  # the lock is held: until now another run may have saved there, or begun
+            args, state = new_or_resumed(typed)
+            cli.barrier()  # all have looked before one writes
         except (ValueError, OSError) as error:
             parser.error(error)
         stop = stack.enter_context(rundir.deferred_signals())
         try:
             complete = train(args, state, train_set.to(device), val_set.to(device), device, stop)
         except (FloatingPointError, *cli.FAULTS) as error:
-            sys.exit(f"{parser.prog}: {error}; {rundir.there(out_dir)}")
+            sys.exit(f"{parser.prog}: {error}; {rundir.describe_checkpoints(out_dir)}")
         if rank == 0 and complete:
             print(f"python eval_attacks.py --model-path {out_dir / ('best.pt' if args.val_size else 'last.pt')}")
         elif rank == 0:

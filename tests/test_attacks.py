@@ -175,24 +175,6 @@ def test_start_per_image_depends_on_seed_restart_and_index_only():
         assert not torch.equal(single, attacks.start_per_image("uniform", like[:1], 0.1, torch.tensor([7]), **other))
 
 
-@pytest.mark.parametrize("batch_size", [1, 4, 7, 100])
-def test_attacked_logits_do_not_depend_on_the_batch_size(small_net, batch_size):
-    g = torch.Generator().manual_seed(0)
-    pixels, y = torch.randint(256, (7, 3, 8, 8), generator=g, dtype=torch.uint8), torch.randint(5, (7,), generator=g)
-    seen = []
-
-    def attack(x, labels, indices):
-        assert torch.equal(labels, y[indices])
-        start = attacks.start_per_image("uniform", x, 0.1, indices)
-        return attacks.pgd(small_net, x, labels, losses.cross_entropy, epsilon=0.1, step_size=0.05, num_steps=3,
-                           random_start=start)
-
-    logits = attacks.attacked_logits(small_net, pixels, y, attack, batch_size, seen.append)
-    expected = small_net(attack(pixels.float() / 255, y, torch.arange(7))).detach()
-    torch.testing.assert_close(logits, expected, rtol=0, atol=1e-5)
-    assert sum(seen) == 7
-
-
 def test_worst_iterate_keeps_what_the_attack_passes_by():
     """A model that is wrong only where the mean is near 0.5, and an attack that runs past it from 0.3 to 0.8."""
     x, y = torch.full((2, 3, 4, 4), 0.3), torch.zeros(2, dtype=torch.long)

@@ -11,8 +11,8 @@ import checkpoints
 import data
 import models
 
-SMALL = ["--num-images", "40", "--precision", "fp32", "--compile", "off", "--epsilon", "0.02",
-         "--square-queries", "300"]
+SMALL = ["--num-images", "24", "--precision", "fp32", "--compile", "off", "--epsilon", "0.02",
+         "--square-queries", "100"]
 pytestmark = pytest.mark.usefixtures("cut_budget")
 
 
@@ -70,6 +70,7 @@ def test_a_masked_model_is_flagged(model_path, monkeypatch, wrapper, flags, of):
     assert "not to be trusted" in result["verdict"][-1] and "points to" not in result["verdict"][0]
 
 
+@pytest.mark.slow
 def test_what_the_oracle_sees(model_path, monkeypatch, tmp_path):
     """Against the definitions, on the images themselves."""
     torch.manual_seed(1)
@@ -79,7 +80,8 @@ def test_what_the_oracle_sees(model_path, monkeypatch, tmp_path):
             parameter += 0.2 * parameter.std() * torch.randn_like(parameter)
     torch.save(oracle.state_dict(), tmp_path / "o.pt")
     monkeypatch.setattr(audit, "CHECKS", {"order": audit.check_order})
-    result, _ = run(model_path, monkeypatch, None, "--oracle", str(tmp_path / "o.pt"), "--alphas", "0", "1")
+    result, _ = run(model_path, monkeypatch, None, "--num-images", "40", "--oracle", str(tmp_path / "o.pt"),
+                    "--alphas", "0", "1")
     rows = {row["name"]: row for row in result["semantics"]}
     assert list(rows) == ["Natural", "PGD-CE", "PGD-KL", "  PGD-CE as strong as PGD-KL", "PGD-LS 0",
                           "  PGD-CE as strong as PGD-LS 0", "PGD-LS 1", "  PGD-CE as strong as PGD-LS 1"]
@@ -120,9 +122,30 @@ def test_a_gpu_out_of_memory_ends_in_one_line(model_path, monkeypatch):
     def full(*_):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(audit.cli, "pick_forward", full)
+    monkeypatch.setattr(audit.cli, "forward_passes", full)
     with pytest.raises(SystemExit, match="^audit.py: CUDA out of memory$"):
         audit.main(["--model-path", str(model_path), *SMALL])
+
+
+def test_all_batches_of_the_attacks_have_one_size(small_net):
+    """So that compiled code is compiled once; 10 images in batches of 4 end as in one batch of 10."""
+    sizes, images = set(), torch.randint(256, (10, 3, 8, 8), generator=torch.Generator().manual_seed(0)).byte()
+    labels, outcomes = small_net(images / 255).argmax(1), []
+
+    def forward(x):
+        sizes.add(len(x))
+        return small_net(x)
+
+    for batch_size in (4, 10):
+        _, args = audit.parse_args(["--model-path", "m.pt", "--epsilon", "0.1", "--batch-size", str(batch_size)])
+        with models.frozen(small_net):
+            bench = audit.Bench(small_net, forward, data.Dataset(images, labels, list("abcde")), args)
+            outcomes.append((bench.attacked("ce"), bench.attacked("kl"), audit.check_order(bench)[0]))
+        assert sizes == {batch_size}
+        sizes.clear()
+    for a, b in zip(*(found[:2] for found in outcomes), strict=True):
+        assert ((a - b).abs() < 1e-5).float().mean() > 0.99  # the batch size may turn a sign by rounding
+    assert outcomes[0][2] == outcomes[1][2] and len(set(outcomes[0][2].values())) > 1
 
 
 def test_a_radius_that_no_weaker_attack_matches(model_path, monkeypatch):

@@ -1,10 +1,11 @@
 """bench.py: both sides compute the same thing, the operations are counted right, and the table holds every row."""
 
+import functools
 import json
 
 import pytest
 import torch
-from helpers import fails_in_one_line
+from helpers import SmallNet, fails_in_one_line
 
 import bench
 import models
@@ -35,7 +36,7 @@ def test_both_sides_move_the_weights_alike(defense, monkeypatch, request):
         return built[-1]
 
     monkeypatch.setattr(models, "build_model", remember)
-    for side, _ in (bench.textbook(args), bench.ours(args, "fp32", compiled=False)):
+    for side, _ in (bench.textbook(args), bench.ours(args, "fp32", "off")):
         side["training step"]()
         if defense == "madry":  # the others' second attack meets other running statistics: other passes, another order
             side["training step"]()
@@ -59,16 +60,22 @@ def test_flops_of_a_wide_resnet_by_hand():
     assert counted["training step"] == pytest.approx(attack + 8 * 3 * forward, rel=0.03)
 
 
+@pytest.mark.slow
 def test_the_table_and_the_json(tmp_path, capsys):
     result = bench.main([*SMALL, "--precision", "fp32", "--json", str(tmp_path / "b.json")])
     printed = capsys.readouterr().out
     assert json.loads((tmp_path / "b.json").read_text()) == json.loads(json.dumps(result))
     assert {(row["work"], row["side"]) for row in result["rows"]} == {
-        (work, side) for work in ("training step", "attack alone", "evaluation") for side in ("textbook", "ours, fp32")}
+        (work, side) for work in ("training step", "attack alone", "evaluation")
+        for side in ("textbook", "ours, fp32 eager")}
     for row in result["rows"]:
         assert row["side"] != "textbook" or row["ratio"] == 1
         assert row["images_per_s"] > 0 and 0 < row["share_of_matrix_product"] < 1
-    assert printed.count("ours, fp32") == 4 and "matrix product" in printed
+    assert printed.count("ours, fp32 eager") == 4 and "matrix product" in printed
+    rate = result["rows"][-3]["images_per_s"]
+    assert (result["rows"][-3]["side"], result["rows"][-3]["work"]) == ("ours, fp32 eager", "training step")
+    assert result["hours_of_90_epochs"]["ours, fp32 eager"] == pytest.approx(90 * 50_000 / rate / 3600)
+    assert printed.count("90 epochs of this take") == 2
     assert all(memory > 2**20 for memory in result["peak_memory_bytes"].values())
 
 
@@ -88,13 +95,33 @@ def test_a_failing_compiler_is_named(monkeypatch, capsys):
     monkeypatch.setattr(bench.cli.torch, "compile", fail)
     monkeypatch.setattr(bench, "peak_memory", lambda *_: 0)  # measured in another process, which has a compiler
     result = bench.main([*SMALL[:-1], "on", "--precision", "fp32"])
-    assert result["how"]["ours, fp32"] == "torch.compile failed (RuntimeError): going on without"
+    assert result["how"]["ours, fp32 compiled"] == "eager; torch.compile failed (RuntimeError): no compiler"
     assert "failed (RuntimeError)" in capsys.readouterr().out
 
 
-def test_on_a_gpu_the_textbook_is_held_against_tf32():
-    """Its convolutions run in it there: a float32 product would be passed by, not approached."""
-    args = bench.parse_args([*SMALL, "--precision", "bf16"])
-    for device, expected in (("cpu", "fp32"), ("cuda", "tf32")):
-        args.torch_device = torch.device(device)
-        assert [of for _, of in bench.sides_of(args).values()] == [expected, "fp32", "bf16"]
+@pytest.mark.parametrize("device, textbook, flags, levels", [
+    ("cpu", "fp32", [], ["eager", "compiled"]), ("cuda", "tf32", [], ["eager", "compiled", "graphs"]),
+    ("cuda", "tf32", ["--compile", "on"], ["eager", "compiled"]), ("cpu", "fp32", ["--compile", "off"], ["eager"])])
+def test_the_sides(device, textbook, flags, levels):
+    """On a GPU the textbook is held against TF32: its convolutions run in it there, so that a float32 product would be
+    passed by, not approached."""
+    args = bench.parse_args([*SMALL[:-2], "--precision", "bf16", *flags])
+    args.torch_device = torch.device(device)
+    sides = {name: arithmetic for name, (_, arithmetic) in bench.sides_of(args).items()}
+    assert sides == {"textbook": textbook, f"ours, fp32 {levels[:2][-1]}": "fp32"} | {
+        f"ours, bf16 {level}": "bf16" for level in levels}
+    args.precision = "fp32"
+    assert [name for name in bench.sides_of(args)] == ["textbook"] + [f"ours, fp32 {level}" for level in levels]
+
+
+def test_every_point_of_scaling_is_compiled(monkeypatch, capsys):
+    """torch stops at its limit of versions and runs eager code: here it must not, and if it did it were an error."""
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
+    monkeypatch.setattr(models, "build_model", lambda *_: SmallNet(10, size=32))
+    monkeypatch.setattr(bench, "flops", lambda *_: {"training step": 1})
+    monkeypatch.setattr(bench.cli, "seconds", lambda *_, **__: float(torch._dynamo.config.fail_on_recompile_limit_hit))
+    with torch._dynamo.config.patch(recompile_limit=2):
+        result = bench.main([*SMALL[:-2], "--scaling", "--compile", "on", "--precision", "fp32"])
+    assert len(result["rows"]) == 13 and result["compile"] == "on"
+    assert all(row["how"].startswith("compiled; ") and row["seconds"] == 1 for row in result["rows"])
+    assert capsys.readouterr().out.count("to compile and try") == 13

@@ -12,6 +12,8 @@ import torch
 from test_train import TINY, without_times
 
 import checkpoints
+import rundir
+import train_cifar
 
 JOB = pathlib.Path(__file__).parent / "distributed_job.py"
 RUN = ["--defense", "mart", "--spat-alpha", "0.3", *TINY]
@@ -65,6 +67,50 @@ def test_a_process_that_dies_ends_the_job_and_it_resumes(tmp_path):
     assert float(second["train_loss"]) == pytest.approx(float(first["train_loss"]), rel=0.15)
 
 
+@pytest.mark.slow
+def test_a_signal_to_one_ends_all_within_ten_steps_and_saves(tmp_path):
+    status, output = job(2, "terminate", tmp_path, *RUN, "--limit-train", "320", "--epochs", "1", "--out-dir",
+                         tmp_path / "run")
+    assert status != 0 and "stopped and saved" in output, output
+    assert checkpoints.load(tmp_path / "run/last.pt")["step"] == 11  # of 20; the signal came in the fifth
+
+
+@pytest.mark.slow
+def test_all_processes_go_on_from_what_stood_there_once_it_was_locked(tmp_path):
+    train_cifar.main([*RUN, "--out-dir", str(tmp_path / "run")])
+    (tmp_path / "run/last.pt").rename(tmp_path / "newer.pt")
+    (tmp_path / "run/last.prev.pt").rename(tmp_path / "run/last.pt")
+    status, output = job(2, "overtaken", tmp_path, "--resume", "--out-dir", tmp_path / "run")
+    assert status == 0, output
+    assert [(tmp_path / f"step{rank}").read_text() for rank in (0, 1)] == ["6", "6"]  # 3 in the older file
+
+
+@pytest.mark.slow
+def test_all_processes_end_where_another_holds_the_lock(tmp_path):
+    start = time.time()
+    with rundir.run_lock(tmp_path / "run"):
+        status, output = job(2, "observe", tmp_path, *RUN, "--out-dir", tmp_path / "run")
+    assert status != 0 and "another process is training there" in output and time.time() - start < 120, output
+    assert [file.name for file in (tmp_path / "run").iterdir()] == [".lock"]
+
+
+@pytest.mark.slow
+def test_a_compiled_pass_changes_nothing_and_is_used_by_all_or_none(tmp_path):
+    """torch compiles differently inside DistributedDataParallel; here all graphs are made before it is there."""
+    weights, said = {}, {}
+    for mode, level in (("observe", "off"), ("traced", "on"), ("half-compiled", "on")):
+        (tmp_path / mode).mkdir()
+        status, said[mode] = job(2, mode, tmp_path / mode, *RUN, "--epochs", "1", "--compile", level, "--out-dir",
+                                 tmp_path / mode / "run")
+        assert status == 0, said[mode]
+        weights[mode] = torch.load(tmp_path / mode / "rank0-0.pt", weights_only=True)
+        for name, tensor in weights["observe"].items():
+            assert torch.equal(weights[mode][name], tensor), (mode, name)
+    assert "compile on: as asked" in said["traced"]
+    assert "compile off: as asked; torch.compile failed in another process" in said["half-compiled"]
+
+
+@pytest.mark.slow
 def test_a_batch_that_does_not_divide_is_refused(tmp_path):
     status, output = job(2, "observe", tmp_path, *RUN, "--batch-size", "15", "--out-dir", tmp_path / "run")
     assert status != 0 and "cannot be split evenly over 2 processes" in output

@@ -68,7 +68,7 @@ def test_table_3_is_complete_and_has_the_papers_numbers():
 ])
 def test_cifar100_trains_at_its_own_defaults(defense, expected, tmp_path, monkeypatch):
     monkeypatch.setattr(data, "load", made_data(100))
-    run_one_step(["--dataset", "cifar100", "--defense", defense, "--arch", "wrn-10-1"], tmp_path)
+    run_one_step(["--dataset", "cifar100", "--defense", defense, "--arch", "wrn-10-1", "--precision", "fp32"], tmp_path)
     state = torch.load(tmp_path / "last.pt", weights_only=True)
     assert {key: state["args"][key] for key in expected} == expected
     assert state["args"]["dataset"] == "cifar100" and len(state["classes"]) == 100

@@ -57,6 +57,7 @@ def report(tmp_path_factory):
     return dict(zip(parts[1::2], parts[2::2], strict=True)) | {"passed": re.search(r"(\d+) passed", done.stdout)[1]}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CHANGES)
 def test_a_change_is_found(report, name):
     _, fails_with = CHANGES[name]

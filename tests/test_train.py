@@ -1,5 +1,7 @@
 """The trainer: defaults, schedules, bad input, a run end to end, and resume."""
 
+import argparse
+import copy
 import csv
 import json
 import math
@@ -8,13 +10,15 @@ import signal
 
 import pytest
 import torch
-from helpers import fails_in_one_line
+from helpers import fails_in_one_line, tiny_model
 
+import attacks
 import checkpoints
 import cli
 import data
 import eval_attacks
 import losses
+import models
 import rundir
 import train_cifar
 
@@ -187,6 +191,40 @@ def test_the_attack_uses_the_objective_that_alpha_asks_for(tmp_path, monkeypatch
         assert seen == {tuple(value.tolist()), float(data.EPSILON["digits"])}
 
 
+def test_trades_target_is_of_the_callable_that_is_attacked(small_net, images):
+    """Here one that rounds: against unrounded probabilities the first steps follow the rounding (other signs)."""
+    x, args = images[0], arguments("--defense", "trades")
+    start = attacks.start_perturbation("gaussian", x, 0.1, torch.Generator().manual_seed(0))
+    settings = dict(epsilon=8 / 255, step_size=2 / 255, num_steps=10, random_start=start)
+
+    def rounding(x):
+        return small_net(x).bfloat16()
+
+    x_adv = train_cifar.inner_maximisation(small_net, rounding, x, None, start, args)
+    with models.frozen(small_net):
+        same, other = (attacks.pgd(rounding, x, target(x).float().softmax(1), losses.kl_divergence, **settings)
+                       for target in (rounding, small_net))
+    assert torch.equal(x_adv, same) and not torch.equal(x_adv, other)
+
+
+def test_a_step_leaves_no_gradient_and_the_weights_of_the_textbook_order(small_net, images):
+    """zero_grad after the step in place of before the loss: to the bit."""
+    x, y = images
+    args, textbook = arguments("--defense", "mart"), copy.deepcopy(small_net).train()
+    before = copy.deepcopy(small_net)
+    both = models.BothPasses(small_net, small_net)
+    optimizer, theirs = (train_cifar.build_optimizer(net, args) for net in (small_net, textbook))
+    for x_adv in ((x + 0.03).clamp(0, 1), (x - 0.03).clamp(0, 1)):
+        train_cifar.outer_minimisation(both, optimizer, x, x_adv, y, args)
+        assert all(p.grad is None for p in small_net.parameters())
+        theirs.zero_grad()
+        natural, adversarial = textbook(x), textbook(x_adv)
+        losses.mart_loss(adversarial, natural, y, args.beta).backward()
+        theirs.step()
+    for p, q, r in zip(small_net.parameters(), textbook.parameters(), before.parameters(), strict=True):
+        assert torch.equal(p, q) and not torch.equal(p, r)
+
+
 def test_no_held_out_images_no_best(tmp_path):
     train_cifar.main(["--defense", "madry", *TINY, "--val-size", "0", "--out-dir", str(tmp_path)])
     assert (tmp_path / "last.pt").exists() and not (tmp_path / "best.pt").exists()
@@ -225,12 +263,14 @@ def without_times(path):
 
 
 @pytest.mark.parametrize("stop_after, flags", [
-    (1, []), (3, []), (4, []), (5, []), (4, ["--precision", "bf16"]),
-    pytest.param(4, ["--compile", "on"], marks=pytest.mark.slow),
+    (1, []), (3, []), (4, ["--precision", "bf16"]), pytest.param(4, [], marks=pytest.mark.slow),
+    pytest.param(5, [], marks=pytest.mark.slow), pytest.param(4, ["--compile", "on"], marks=pytest.mark.slow),
 ])
 def test_a_stopped_run_goes_on_to_the_same_end(tmp_path, monkeypatch, stop_after, flags):
     """Stopped after any step and resumed: bit-identical weights and best.pt, the same log."""
     argv = ["--defense", "mart", "--spat-alpha", "0.3", *TINY, "--save-minutes", "0", *flags]
+    if "bf16" in flags:
+        monkeypatch.setattr(models, "build_model", tiny_model)
     train_cifar.main([*argv, "--out-dir", str(tmp_path / "whole")])
     run_until(stop_after, [*argv, "--out-dir", str(tmp_path / "cut")], monkeypatch)
     torch.manual_seed(123)  # whatever the global state is
@@ -386,10 +426,10 @@ def test_a_failed_save_after_a_fall_back_leaves_what_it_fell_back_on(tmp_path, m
 
 def test_a_gpu_out_of_memory_ends_in_one_line(tmp_path, monkeypatch):
     """Before the first checkpoint was written, so none is named."""
-    def full(*_):
+    def full(*_, **__):
         raise torch.OutOfMemoryError("CUDA out of memory.")
 
-    monkeypatch.setattr(cli, "pick_forward", full)
+    monkeypatch.setattr(cli, "forward_passes", full)
     with pytest.raises(SystemExit) as exit_info:
         train_cifar.main(["--defense", "madry", *TINY, "--out-dir", str(tmp_path)])
     assert exit_info.value.code == "train_cifar.py: CUDA out of memory.; no checkpoint was written yet"
@@ -398,8 +438,8 @@ def test_a_gpu_out_of_memory_ends_in_one_line(tmp_path, monkeypatch):
 @pytest.mark.parametrize("defense, passes", [("standard", 2), ("madry", 2 + 4)])
 def test_the_work_by_which_compile_auto_decides(defense, passes, tmp_path, monkeypatch):
     asked = []
-    real = cli.pick_forward
-    monkeypatch.setattr(cli, "pick_forward", lambda *arguments: asked.append(arguments[3]) or real(*arguments))
+    real = cli.forward_passes
+    monkeypatch.setattr(cli, "forward_passes", lambda *given, **more: asked.append(given[3]) or real(*given, **more))
     train_cifar.main(["--defense", defense, *TINY, "--out-dir", str(tmp_path)])
     assert asked == [2 * 3 * passes]  # epochs, steps of each
 
@@ -434,9 +474,10 @@ def test_the_tally_counts_per_example():
     model, loss = Model(), torch.tensor(1.5)
     assert rundir.tally(loss, model(p_nat), model(p_adv), y).tolist() == [1.5, 0.75, 0.5]
     assert rundir.tally(loss, model(p_nat), None, y).tolist() == [1.5, 0.75, 0]
-    assert rundir.shares(model, model, p_nat, p_adv, y, alpha=0.3).tolist() == [2, 1, 4]
-    assert rundir.shares(model, model, p_nat, p_adv, y, alpha=0.0).tolist() == [0, 1, 4]
-    assert rundir.shares(model, model, p_nat, None, y, alpha=None).tolist() == [0, 0, 0]
+    for alpha, step, expected in ((0.3, 8, [2, 1, 4]), (None, 8, [0, 1, 4]), (0.3, 9, [0, 0, 0])):
+        run = argparse.Namespace(model=model, args=argparse.Namespace(spat_alpha=alpha), step=step, steps_per_epoch=20)
+        assert rundir.sampled_shares(run, model, p_nat, p_adv, y).tolist() == expected
+    assert rundir.sampled_shares(run, model, p_nat, None, y).tolist() == [0, 0, 0]  # standard training
 
 
 def test_the_shares_are_of_the_model_that_was_attacked(tmp_path, monkeypatch):
@@ -447,10 +488,10 @@ def test_the_shares_are_of_the_model_that_was_attacked(tmp_path, monkeypatch):
         monkeypatch.setattr(module, name, lambda *args: order.append(name) or real(*args))
 
     note(train_cifar, "inner_maximisation")
-    note(rundir, "shares")
+    note(rundir, "sampled_shares")
     note(train_cifar, "outer_minimisation")
     train_cifar.main(["--defense", "madry", *TINY, "--epochs", "1", "--out-dir", str(tmp_path)])
-    assert order == ["inner_maximisation", "shares", "outer_minimisation"] * 3
+    assert order == ["inner_maximisation", "sampled_shares", "outer_minimisation"] * 3
 
 
 @pytest.mark.slow
