@@ -56,8 +56,8 @@ def input_gradient(model, x, target, objective):
 
 
 def probabilities(model, x):
-    """softmax(model(x)), (B, K), a constant: KL's target. x wants a gradient here as well, so that a compiled model runs
-    the graph that the attack's steps run, and none is compiled for this alone."""
+    """softmax(model(x)), (B, K), a constant: KL's target. x wants a gradient here too, so that a compiled model runs
+    the graph of the attack's steps, and none is compiled for this alone."""
     with torch.enable_grad():
         return model(x.detach().requires_grad_()).float().softmax(1).detach()
 

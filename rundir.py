@@ -11,6 +11,7 @@ import pathlib
 import shutil
 import signal
 import time
+from fractions import Fraction
 
 import torch
 from tqdm import tqdm
@@ -19,6 +20,7 @@ import checkpoints
 import cli
 import losses
 import models
+import scores
 
 SHARES_EVERY = 8  # steps: the two logged shares of examples cost forward passes of their own
 READ_EVERY = {"cpu": 1, "cuda": 10}  # steps: reading a number waits for the GPU, a signal to several processes for it
@@ -181,13 +183,14 @@ class Run:
         self.step += 1
         self.bar.update(self.args.batch_size)
 
-    def end_epoch(self, validate):
-        """Log the epoch with what validate() adds; save the run and, if it is the best so far, best.pt."""
+    def end_epoch(self, forward, val_set):
+        """Validate and log; save the run and, if it is the best so far, best.pt."""
         self.show()
         standard, seconds = self.args.defense == "standard", time.perf_counter() - self.epoch_start
         images = (self.step - self.epoch_first_step) * self.args.batch_size
         row = epoch_row(self.args, self.sums.tolist(), self.steps_per_epoch)
-        row = {"epoch": self.step // self.steps_per_epoch, "lr": self.rate} | row | validate()
+        row = {"epoch": self.step // self.steps_per_epoch, "lr": self.rate} | row
+        row |= validate(self.model, forward, val_set, self.args)
         self.rows.append(row | {"seconds": seconds, "images_per_s": images / seconds})
         self.sums.zero_()
         score = row["val_natural_accuracy" if standard else "val_robust_accuracy"]
@@ -200,6 +203,21 @@ class Run:
             self.bar.write(summary(self.rows, not standard and self.args.epochs / 3, len(self.classes)))
         self.epoch_start, self.epoch_first_step = time.perf_counter(), self.step
         self.save()
+
+
+def validate(model, forward, val, args):
+    """Accuracy and mean cross entropy on the held-out images, a dict: natural and by eval_attacks.py's PGD-20."""
+    pgd20 = scores.make_attack(forward, {
+        "objective": "ce", "epsilon": args.epsilon, "step_size": str(Fraction(args.epsilon) / 10), "num_steps": 20,
+        "random_start": "uniform"})
+    row = dict.fromkeys(f"val_{name}_{what}" for name in ("natural", "robust") for what in ("accuracy", "loss"))
+    batch_size = args.batch_size // cli.rank_and_world()[1]  # the training step's, for which the model is compiled
+    with models.frozen(model):
+        for name, attack in (("natural", None), ("robust", pgd20)) if len(val.labels) else ():
+            logits = scores.attacked_logits(model, val.images, val.labels, attack, batch_size)
+            row[f"val_{name}_accuracy"] = (logits.argmax(1) == val.labels).float().mean().item()
+            row[f"val_{name}_loss"] = losses.cross_entropy(logits, val.labels).mean().item()
+    return row
 
 
 def write_log(out_dir, rows):

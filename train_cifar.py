@@ -27,7 +27,6 @@ import data
 import losses
 import models
 import rundir
-import scores
 
 OUTER = {"standard": losses.standard_loss, "madry": losses.madry_loss,
          "trades": losses.trades_loss, "mart": losses.mart_loss}
@@ -147,7 +146,6 @@ def with_defaults(typed):
 
 
 def aux_images(args):
-    """How many of a batch are pseudo-labelled."""
     return round(args.aux_fraction * args.batch_size) if args.aux_data else 0
 
 
@@ -172,33 +170,14 @@ def new_or_resumed(typed):
 
 
 def learning_rate(args, epoch, progress):
-    """The rate in the epoch, counted from 1, of which the share `progress` of the whole run is done.
-
-    step: MART's, by epoch; cosine: RST's, lr/2·(1 + cos((epoch - 1)π / epochs)); onecycle: by step, linear from
-    lr/25 up to lr over the first 30 %, then down along a cosine to 0.
-    """
+    """The rate in the epoch, counted from 1; progress: the share of the whole run that is done, in [0, 1]."""
     first, second = args.lr_milestones
     return args.lr * {
-        "step": 0.01 if epoch >= second else 0.1 if epoch >= first else 1.0,
-        "cosine": 0.5 * (1 + math.cos((epoch - 1) * math.pi / args.epochs)),
+        "step": 0.01 if epoch >= second else 0.1 if epoch >= first else 1.0,  # MART's
+        "cosine": 0.5 * (1 + math.cos((epoch - 1) * math.pi / args.epochs)),  # RST's
         "onecycle": 0.04 + 0.96 * progress / 0.3 if progress < 0.3 else
         0.5 * (1 + math.cos((progress - 0.3) / 0.7 * math.pi)),
     }[args.lr_schedule]
-
-
-def validate(model, forward, val, args):
-    """Accuracy and mean cross entropy on the held-out images, a dict: natural and by eval_attacks.py's PGD-20."""
-    pgd20 = scores.make_attack(forward, {
-        "objective": "ce", "epsilon": args.epsilon, "step_size": str(Fraction(args.epsilon) / 10), "num_steps": 20,
-        "random_start": "uniform"})
-    row = dict.fromkeys(f"val_{name}_{what}" for name in ("natural", "robust") for what in ("accuracy", "loss"))
-    batch_size = args.batch_size // cli.rank_and_world()[1]  # the training step's, for which the model is compiled
-    with models.frozen(model):
-        for name, attack in (("natural", None), ("robust", pgd20)) if len(val.labels) else ():
-            logits = scores.attacked_logits(model, val.images, val.labels, attack, batch_size)
-            row[f"val_{name}_accuracy"] = (logits.argmax(1) == val.labels).float().mean().item()
-            row[f"val_{name}_loss"] = losses.cross_entropy(logits, val.labels).mean().item()
-    return row
 
 
 def build_optimizer(model, args):
@@ -207,13 +186,12 @@ def build_optimizer(model, args):
 
 
 def training_passes(run, train_set):
-    """The model's forward pass as callables x -> logits: eager, and fast, which may be compiled; and by the latter both
-    passes of a training step, (x, x_adv) -> (logits_nat, logits_adv)."""
+    """(eager, fast) callables x -> logits of the model; and, by the fast one, both passes of a training step."""
     args = run.args
     x = data.to_float(train_set.images[torch.arange(args.batch_size // run.world) % len(train_set.labels)])
-    passes_a_step = 2 if args.defense == "standard" else args.num_steps + 4
-    eager, fast = cli.forward_passes(args, run.model, x, (run.total_steps - run.step) * passes_a_step,
-                                   train_passes=1 + (args.defense in ("trades", "mart")))
+    passes = (run.total_steps - run.step) * (2 if args.defense == "standard" else args.num_steps + 4)
+    train_passes = 1 + (args.defense in ("trades", "mart"))
+    eager, fast = cli.forward_passes(args, run.model, x, passes, train_passes)
     both = models.BothPasses(run.model, fast)
     if run.world > 1:
         both = torch.nn.parallel.DistributedDataParallel(both, broadcast_buffers=False)
@@ -278,7 +256,7 @@ def train(args, state, train_set, val_set, device, stop=()):
                 loss, logits_nat, logits_adv = outer_minimisation(both, run.optimizer, x, x_adv, y, args)
                 cli.broadcast_buffers(model)
                 run.count(torch.cat([rundir.tally(loss, logits_nat, logits_adv, y), shares]))
-            run.end_epoch(lambda: validate(model, forward, val_set, args))
+            run.end_epoch(forward, val_set)
     return True
 
 

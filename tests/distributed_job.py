@@ -34,7 +34,7 @@ def norm_free(name, num_classes):
 
 def main(mode, folder, *argv):
     torch.set_num_threads(1)
-    validate, augment, run_lock, steps = train_cifar.validate, data.augment, rundir.run_lock, []
+    validate, augment, run_lock, steps = rundir.validate, data.augment, rundir.run_lock, []
 
     def observed(model, *args):
         rank, _ = cli.rank_and_world()
@@ -57,7 +57,7 @@ def main(mode, folder, *argv):
         pathlib.Path(f"{folder}/step{cli.rank_and_world()[0]}").write_text(str(state["step"]))
         return True
 
-    train_cifar.validate = observed
+    rundir.validate = observed
     if mode == "norm-free":
         models.build_model = norm_free
     if mode in ("traced", "half-compiled"):
