@@ -48,7 +48,7 @@ def five_steps(defense, level):
     both, optimizer = models.BothPasses(model, forward), train_cifar.build_optimizer(model, args)
     for _ in range(5):
         start = 0.001 * torch.randn(x.shape, dtype=torch.float64).to(DEVICE, memory_format=torch.channels_last)
-        x_adv = train_cifar.inner_maximisation(model, eager, forward, x, y, start, args)
+        x_adv = train_cifar.inner_maximisation(model, forward, x, y, start, args)
         train_cifar.outer_minimisation(both, optimizer, x, x_adv, y, args)
     return torch.cat([p.detach().flatten() for p in model.parameters()]) - before
 
