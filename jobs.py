@@ -207,7 +207,8 @@ def run(cells, slots, minutes=None):
                     free.append(job.slot)
                     job.log.close()
                     bar.update()
-                bar.set_postfix_str(", ".join(str(job.cell) for job in jobs))
+                if (now := ", ".join(str(job.cell) for job in jobs)) != bar.postfix:
+                    bar.set_postfix_str(now)
                 time.sleep(0.1)
         finally:  # with what a second Ctrl-C leaves
             for job in jobs:

@@ -85,8 +85,7 @@ RECIPES = {
     ("table3", "gpu"): Recipe(
         arms("mart mart-spat0.3 trades trades-spat0 trades-spat0.1"), f"--arch resnet-18 --val-size 0 --epochs 12 "
         f"{RATE} {DECAY} {FAST}", {"": f"last.pt {ALL} {FAST}"}, seeds=(1, 2, 3, 4)),
-    ("table3", "paper"): Recipe(
-        arms(FIVE), FAST, {"": f"last.pt {ALL} {FAST}", "-best": f"best.pt {ALL} {FAST}"}),
+    ("table3", "paper"): Recipe(arms(FIVE), FAST, {"": f"last.pt {ALL} {FAST}", "-best": f"best.pt {ALL} {FAST}"}),
     ("table3-cifar100", "cpu"): Recipe(
         arms("madry trades trades-spat0 trades-spat0.1 mart mart-spat0.2", **OF_100), "--dataset {data}/cifar-100-png "
         f"--arch wrn-10-2 --epochs 6 {RATE} --precision fp32 --compile on",
@@ -146,8 +145,7 @@ class Cell(NamedTuple):
     def __str__(self):
         return f"{self.target} {self.scale} {self.row} seed {self.seed}"
 
-    def names(self):
-        """What the flags are filled in with."""
+    def names(self):  # what the flags are filled in with
         recipe, default = RECIPES[self[:2]], f"{self.target}-{self.scale}"
         s = f"-s{self.seed}" if self.seed != 1 else ""
         runs, results = f"runs/{recipe.runs or default}", f"results/{recipe.results or default}"
@@ -236,9 +234,8 @@ def report(cells):
         summary = compare.summarise(found, PAIRS, paper) | {
             "shares": {row: statistics.fmean(values) for row, values in shares.items() if values},
             "unfinished": unfinished, "of_another_recipe": differing}
-        print(f"\n## {key[0]}, {key[1]} scale\n")
-        print(compare.markdown(summary) if found else "Nothing is finished.")
-        print(f"\nnot finished: {len(unfinished)} cells" if unfinished else "")
+        print(f"\n## {key[0]}, {key[1]} scale\n\n{compare.markdown(summary) if found else 'Nothing is finished.'}\n")
+        print(f"not finished: {len(unfinished)} of its cells\n" * bool(unfinished), end="")
         print("".join(f"left out: {cell}: {words}\n" for cell, words in differing.items()), end="")
         if found:
             path = pathlib.Path("results", f"{key[0]}-{key[1]}.json")
@@ -266,7 +263,7 @@ def parse_args(argv=None):
     for wrong, why in (
         (bool(args.target) != bool(args.scale), "TARGET and --scale go together"),
         (not keys, f"{args.target} has no scale {args.scale}"),
-        (bool(args.dry_run or args.cell) and args.report, "--report: neither --dry-run nor --cell goes with it"),
+        ((args.dry_run or args.cell) and args.report, "--report: neither --dry-run nor --cell goes with it"),
         (args.jobs and torch.cuda.device_count(), "--jobs: on GPUs it is one process a GPU"),
         (args.cell and args.cell > len(args.cells), f"--cell {args.cell}: there are {len(args.cells)}"),
     ):
@@ -289,8 +286,7 @@ def main(argv=None):
             lines = [["python", *command] for cell in unfinished for command in jobs.todo(cell)]
             return print("\n".join(map(shlex.join, [*folders.values(), *lines])))
         failed, stopped = jobs.run([] if args.report else unfinished, slots, args.minutes)
-        if not args.cell:
-            report(args.cells)
+        report([] if args.cell else args.cells)
     except (ValueError, OSError) as error:
         parser.error(error)
     failed |= {} if args.report else {cell: "; ".join(words) for cell, (_, words) in states.items() if words}
