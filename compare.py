@@ -7,7 +7,10 @@ interval, which is narrower than what two separate intervals suggest, because th
 """
 
 import math
+import statistics
 from fractions import Fraction
+
+from scipy import special
 
 import cli
 import scores
@@ -26,6 +29,27 @@ def paired_difference(a, b, z=1.959964):
             "p": float(min(Fraction(1), Fraction(2 * tail, 2**changed)))}
 
 
+def t_interval(values):
+    """For one value a seed, a dict: n, mean, its 95 % interval by Student's t and the two-sided p of a mean of 0. Both
+    are None where a single value, or equal ones, have no spread to judge by."""
+    n, mean = len(values), statistics.fmean(values)
+    error = statistics.stdev(values) / math.sqrt(n) if n > 1 else 0.0
+    if error < 1e-12:  # equal accuracies may differ by a rounding
+        return {"n": n, "mean": mean, "interval": None, "p": None}
+    half = float(special.stdtrit(n - 1, 0.975)) * error
+    return {"n": n, "mean": mean, "interval": (mean - half, mean + half),
+            "p": 2 * float(special.stdtr(n - 1, -abs(mean) / error))}
+
+
+def holm(p_values):
+    """Holm's p-values (1979), adjusted for all comparisons of a family; None, no p, counts as 1."""
+    p_values = [1.0 if p is None else p for p in p_values]
+    adjusted, highest = [0.0] * len(p_values), 0.0
+    for rank, i in enumerate(sorted(range(len(p_values)), key=p_values.__getitem__)):
+        highest = adjusted[i] = max(highest, min(1.0, (len(p_values) - rank) * p_values[i]))
+    return adjusted
+
+
 def compare(first, second):
     """{attack's name: paired_difference} of the attacks that two results share, by name and parameters; raises
     ValueError if they are not of the same images, or share none."""
@@ -39,6 +63,60 @@ def compare(first, second):
         raise ValueError("the two files share no attack with the same parameters")
     masks = {name: [scores.correct_mask(rows[name]) for rows in (ours, theirs)] for name in shared}
     return {name: paired_difference(*pair) for name, pair in masks.items()}
+
+
+def summarise(found, pairs, paper):
+    """What several seeds say. found: {row: {seed: {attack: its entry in the JSON}}}; pairs: of (row a, row b) to
+    compare, where both are found; paper: {row: {attack: accuracy in %}}. A dict of two lists of dicts, accuracies in
+    [0, 1]: "rows", each row's attacks with t_interval over the seeds; and "comparisons", b - a paired over the seeds
+    that both have or, with one seed, over its images (which says nothing of another training), with Holm's p of all."""
+    rows, comparisons = [], []
+    for row, of_seed in found.items():
+        for attack, entry in next(iter(of_seed.values())).items():
+            values = {seed: entries[attack]["accuracy"] for seed, entries in of_seed.items()}
+            rows.append({"row": row, "attack": attack, "images": entry["n"], "accuracies": values,
+                         "paper": paper.get(row, {}).get(attack)} | t_interval(list(values.values())))
+    for a, b in pairs:
+        seeds = [seed for seed in found.get(a, ()) if seed in found.get(b, ())]
+        for attack in found[a][seeds[0]] if seeds else ():
+            both = [(found[a][seed][attack], found[b][seed][attack]) for seed in seeds]
+            result = t_interval([after["accuracy"] - before["accuracy"] for before, after in both])
+            if len(seeds) == 1:
+                over_images = paired_difference(*map(scores.correct_mask, both[0]))
+                result |= {key: over_images[key] for key in ("interval", "p")}
+            of_paper = [paper.get(row, {}).get(attack) for row in (a, b)]
+            comparisons.append({"a": a, "b": b, "attack": attack, "seeds": seeds, "images": both[0][0]["n"],
+                                "over": "seeds" if len(seeds) > 1 else "images",
+                                "paper": None if None in of_paper else of_paper[1] - of_paper[0]} | result)
+    for comparison, p in zip(comparisons, holm([c["p"] for c in comparisons]), strict=True):
+        comparison["p_holm"] = p
+    return {"rows": rows, "comparisons": comparisons}
+
+
+def markdown(summary):
+    """The two tables of a summary in points; [the paper's values], ± half of a 95 % interval over the seeds."""
+    cells = {(row["row"], row["attack"]): row for row in summary["rows"]}
+    attacks = {attack: row["images"] for (_, attack), row in cells.items()}
+    images = next(iter(attacks.values()))
+    names = [attack + (f", first {n}" if n != images else "") for attack, n in attacks.items()]
+    lines = [f"| {images} images | seeds | {' | '.join(names)} | p_y > 1 - α |", "| --- " * (len(attacks) + 3) + "|"]
+    for name in dict.fromkeys(row for row, _ in cells):
+        of_row = [cells.get((name, attack)) for attack in attacks]
+        texts = ["" if cell is None else f"{100 * cell['mean']:.2f}"
+                 + (f" ± {50 * (cell['interval'][1] - cell['interval'][0]):.2f}" if cell["interval"] else "")
+                 + ("" if cell["paper"] is None else f" [{cell['paper']:.2f}]") for cell in of_row]
+        share = summary.get("shares", {}).get(name)
+        seeds = max(cell["n"] for cell in of_row if cell)
+        lines.append(f"| {name} | {seeds} | " + " | ".join([*texts, "" if share is None else f"{share:.2%}"]) + " |")
+    lines += ["", "| difference, points | attack | 95 % interval | p | Holm's p | over | paper |", "| --- " * 7 + "|"]
+    for c in summary["comparisons"]:
+        interval = "({:+.2f} to {:+.2f})".format(*(100 * v for v in c["interval"])) if c["interval"] else "no spread"
+        p = "" if c["p"] is None else f"{c['p']:.2g}"
+        over = f"{c['n']} seeds" if c["over"] == "seeds" else f"images of seed {c['seeds'][0]} alone"
+        of_paper = "" if c["paper"] is None else f"{c['paper']:+.2f}"
+        lines.append(f"| {c['b']} - {c['a']} | {c['attack']} | {100 * c['mean']:+.2f} {interval} | {p} | "
+                     f"{c['p_holm']:.2g} | {over} | {of_paper} |")
+    return "\n".join(lines if summary["comparisons"] else lines[:-3])
 
 
 def parse_args(argv=None):

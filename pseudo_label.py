@@ -3,7 +3,8 @@
     python pseudo_label.py --model-path runs/NAME/best.pt --images IN --output OUT.npz
 
 IN: an .npz or a pickle with the array `data` (uint8, N x 32 x 32 x 3 or N x 3 x 32 x 32), or a folder of images of one
-size. OUT.npz: `data` as it was and `extrapolated_targets`, for train_cifar.py --aux-data.
+size. OUT.npz: `data` as it was and `extrapolated_targets`, for train_cifar.py --aux-data. Where no images of one's own
+are at hand: --dataset cifar10 --skip 10000 labels the training images that --limit-train 10000 leaves out.
 """
 
 import pathlib
@@ -24,7 +25,11 @@ def parse_args(argv=None):
     parser = cli.Parser(prog="pseudo_label.py", description=__doc__)
     add = parser.add_argument
     add("--model-path", required=True, metavar="FILE", help="the model that labels")
-    add("--images", required=True, metavar="IN", help="the unlabelled images")
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--images", metavar="IN", help="the unlabelled images")
+    source.add_argument("--dataset", help="in their place the training images of this data set, without their labels")
+    add("--skip", type=cli.natural_int, default=0, metavar="N", help="... but for its first N (default: 0)")
+    add("--data-dir", default="data", metavar="DIR", help="where CIFAR is, or is downloaded to (default: data)")
     add("--output", required=True, metavar="OUT.npz", help="where to write; must not exist")
     add("--normalize", nargs=2, type=cli.three_numbers, metavar=("MEAN", "STD"),
         help="of a released model that was trained on normalised images (default: none)")
@@ -45,6 +50,15 @@ def read_images(path):
     return data.read_image_files(files)
 
 
+def training_images(args):
+    """(the array `data`, the true labels) of --dataset but for the first --skip; raises ValueError."""
+    dataset = data.load(args.dataset, args.data_dir)
+    if args.skip >= len(dataset.labels):
+        raise ValueError(f"--skip {args.skip} leaves none of the {len(dataset.labels)} images of {args.dataset}")
+    rest = dataset.subset(slice(args.skip, None))
+    return rest.images.permute(0, 2, 3, 1).numpy(), rest.labels
+
+
 def main(argv=None):
     parser, args = parse_args(argv)
     output = pathlib.Path(args.output)
@@ -56,8 +70,9 @@ def main(argv=None):
         cli.check_output("--output", output)
         device = cli.pick_device(args.device)
         model, info = checkpoints.load_model(args.model_path, normalize=args.normalize)
-        arrays = {"data": read_images(pathlib.Path(args.images))}
-        images = data.as_images(args.images, arrays)
+        pixels, true = training_images(args) if args.dataset else (read_images(pathlib.Path(args.images)), None)
+        arrays = {"data": pixels}
+        images = data.as_images(args.images or args.dataset, arrays)
     except (ValueError, OSError) as error:
         parser.error(error)
     try:
@@ -73,7 +88,8 @@ def main(argv=None):
     except cli.FAULTS as error:
         sys.exit(f"{parser.prog}: {error}")
     counts = torch.bincount(labels, minlength=info["num_classes"]).tolist()
-    print(f"{output}: {len(images)} images; images a class: {counts}")
+    right = "" if true is None else f"; {(labels == true).float().mean():.2%} of the labels are right"
+    print(f"{output}: {len(images)} images; images a class: {counts}{right}")
 
 
 if __name__ == "__main__":

@@ -32,6 +32,21 @@ TABLE_3 = {
     ("cifar100", "mart", 0.2): (60.28, 36.91, 34.66, 30.93),
 }
 
+# All that the paper gives in numbers: (target of reproduce.py, row) -> {attack: accuracy in %}
+PAPER = {("table3" + "-cifar100" * (dataset == "cifar100"), defense + (f"-spat{alpha}" if alpha else "")):
+         dict(zip(("Natural", "FGSM", "PGD-20", "CW-inf"), values, strict=True))
+         for (dataset, defense, alpha), values in TABLE_3.items()} | {
+    ("table4", "rst"): {"Natural": 89.65, "PGD-20": 63.00},
+    ("table4", "mart"): {"Natural": 89.81, "PGD-20": 63.06},
+    ("table4", "rst-spat0.1"): {"Natural": 89.52, "PGD-20": 63.47},
+    ("table4", "mart-spat0.1"): {"Natural": 89.44, "PGD-20": 63.37},
+    ("figure4", "standard"): {"PGD-20-KL": 47.51, "PGD-20-LS 1e-05": 25.3, "PGD-20-LS 5e-05": 44.16,
+                              "PGD-20-LS 0.0001": 51.28, "PGD-20-LS 0.001": 69.23, "PGD-20-LS 0.01": 80.04},  # Table 1
+    ("figure4", "madry"): {"PGD-20-KL": 71.58, "PGD-20-LS 0.1": 57.7, "PGD-20-LS 0.2": 62.93, "PGD-20-LS 0.3": 67.7,
+                           "PGD-20-LS 0.4": 72.14, "PGD-20-LS 0.5": 75.57},  # Table 2
+    ("figure5", "eps8-alpha1"): {"Natural": 32.44, "PGD-20": 0.0},
+}
+
 
 class Attack(NamedTuple):
     """A row of the table: its name, and its parameters as they go into the JSON; {} for the natural images."""

@@ -234,6 +234,17 @@ def test_a_gpu_out_of_memory_while_labelling_ends_in_one_line(model_path, tmp_pa
     assert not (tmp_path / "o.npz").exists()
 
 
+def test_the_rest_of_a_data_set_is_labelled(model_path, tmp_path, capsys):
+    flags = ["--model-path", str(model_path), "--dataset", "digits"]
+    pseudo_label.main([*flags, "--skip", "1300", "--output", str(tmp_path / "out.npz")])
+    train, arrays = data.load("digits"), checkpoints.load_arrays(tmp_path / "out.npz")
+    assert torch.equal(data.as_images("", arrays), train.images[1300:])
+    right = (torch.from_numpy(arrays["extrapolated_targets"]) == train.labels[1300:]).float().mean().item()
+    assert 0.2 < right and f"; {right:.2%} of the labels are right" in capsys.readouterr().out
+    error = fails_in_one_line(pseudo_label.main, [*flags, "--skip", 1397, "--output", tmp_path / "o.npz"], capsys)
+    assert "--skip 1397 leaves none of the 1397 images of digits" in error
+
+
 def test_what_pseudo_label_refuses(model_path, tmp_path, capsys):
     np.savez(tmp_path / "in.npz", data=made()["data"])
     np.savez(tmp_path / "no pixels.npz", data=np.zeros((2**40, 0, 3, 32), np.uint8))

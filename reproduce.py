@@ -1,0 +1,299 @@
+"""Every table and figure of the paper from one command, at four scales.
+
+    python reproduce.py                                        what there is, what is finished, what the rest would take
+    python reproduce.py table3 --scale digits --seeds 1 2 3    trains, evaluates and reports; again: goes on
+    python reproduce.py table3 --scale paper --dry-run         the commands that it would run, one a line
+    python reproduce.py figure5 --scale cpu --report           the tables of what is finished; runs nothing
+    python reproduce.py table3 --scale paper --cell 3          one cell, for the array job of a scheduler, or on 8 GPUs:
+    sbatch --array=1-5 --gres=gpu:1 --signal=B:TERM@120 --wrap \\
+        'exec python reproduce.py table3 --scale paper --cell $SLURM_ARRAY_TASK_ID'
+    python reproduce.py table3 --scale paper --cell 3 --dry-run | sed 's/^python/torchrun --nproc-per-node=8/' | bash -e
+
+A cell is one row of a table with one seed: a line of train_cifar.py and lines of eval_attacks.py. What is finished is
+skipped, what was interrupted goes on; a cell's output is in output.log in its run directory. Exit status 0; 1 if a cell
+failed or has a result of another recipe; 130 or 143 after Ctrl-C, or SIGTERM and --minutes, when all cells have saved.
+"""
+
+import itertools
+import json
+import pathlib
+import re
+import shlex
+import statistics
+import sys
+from typing import NamedTuple
+
+import torch
+
+import checkpoints
+import cli
+import compare
+import jobs
+import scores
+
+
+class Recipe(NamedTuple):
+    """One target at one scale. In flags {data} is --data-dir and {aux} what the row "labeller" leaves."""
+
+    rows: dict  # name: the training's flags that are its own
+    train: str  # ... that all rows have
+    evaluate: dict  # how the JSON's name ends: the model file and the flags of an evaluation
+    runs: str = ""  # folder in runs/, or else TARGET-SCALE; rows of one name and folder are one training
+    results: str = ""  # the same in results/
+    seeds: tuple = (1,)
+    label: tuple = ()  # of the row "labeller": its evaluation's flags, and pseudo_label.py's
+
+
+def arms(names, **more):
+    """{"trades-spat0.1": "--defense trades --spat-alpha 0.1"}, with more[defense] at the end; 0: CE."""
+    parts = {name: name.partition("-spat") for name in names.split()}
+    return {name: f"--defense {defense}" + f" --spat-alpha {alpha}" * bool(spat) + more.get(defense, "")
+            for name, (defense, spat, alpha) in parts.items()}
+
+
+def alpha_epsilon(epsilons, alphas):
+    """Figure 5's rows: {"eps8-alpha0.2": "--defense madry --spat-alpha 0.2 --epsilon 8/255"}."""
+    return {f"eps{e.removesuffix('/255')}-alpha{alpha}": f"--defense madry --spat-alpha {alpha} --epsilon {e}"
+            for e, alpha in itertools.product(epsilons.split(), alphas.split())}
+
+
+def semi(labeller, alone, rst):
+    """Table 4's rows, by flags; `alone` trains on the labelled images only, rst by TRADES on the labeller's too."""
+    rows = arms("trades trades-spat0 trades-spat0.1 mart mart-spat0.1")
+    return {"labeller": f"--defense standard {labeller}", alone: f"--defense trades --recipe rst {rst}"} | {
+        row.replace("trades", "rst"): f"{flags} --recipe rst {rst} --aux-data {{aux}}" for row, flags in rows.items()}
+
+
+# Precision and compiling are typed everywhere, so that the cells of a target are comparable.
+EXACT, EAGER, FAST = (f"--precision {p} --compile {c}" for p, c in (("fp32", "off"), ("bf16", "off"), ("bf16", "on")))
+FIVE = "madry trades trades-spat0.1 mart mart-spat0.3"
+SEVEN = "madry madry-spat0.2 trades trades-spat0 trades-spat0.1 mart mart-spat0.3"
+OF_100 = dict(madry=" --weight-decay 2e-4", trades=" --weight-decay 2e-4", mart=" --weight-decay 7e-4")
+ALL, LS = "--attacks natural fgsm pgd cw --kappas 50 0", "--attacks natural pgd-kl pgd-ls --alphas"
+PGD, APGD = "--attacks natural pgd --epsilon", "--attacks natural pgd apgd --num-images 1000"
+SIXTEEN = "0 1e-5 5e-5 1e-4 1e-3 1e-2 0.1 0.2 0.3 0.4 0.5 0.6 0.7 0.8 0.9 1"
+RADII, SIX = "4/255 8/255 16/255", "0 0.2 0.4 0.6 0.8 1"
+RATE, DECAY = "--lr 0.2 --lr-schedule onecycle", "--weight-decay 5e-4"
+TINY = f"--dataset digits --val-size 0 --batch-size 32 --num-steps 5 {EXACT}"
+
+RECIPES = {
+    ("table3", "digits"): Recipe(arms(SEVEN), f"--epochs 5 {TINY}", {"": f"last.pt {ALL} {EXACT}"}),
+    ("table3", "cpu"): Recipe(
+        arms(SEVEN), f"--arch wrn-10-2 --epochs 6 {RATE} {DECAY} {FAST}",
+        {"": f"last.pt {ALL} {FAST}", "-apgd": f"last.pt {APGD} {EAGER}",
+         "-autoattack": f"last.pt --attacks natural pgd autoattack --num-images 256 {EAGER}"}, "table3", "table3"),
+    ("table3", "gpu"): Recipe(
+        arms("mart mart-spat0.3 trades trades-spat0 trades-spat0.1"), f"--arch resnet-18 --val-size 0 --epochs 12 "
+        f"{RATE} {DECAY} {FAST}", {"": f"last.pt {ALL} {FAST}"}, seeds=(1, 2, 3, 4)),
+    ("table3", "paper"): Recipe(arms(FIVE), FAST, {"": f"last.pt {ALL} {FAST}", "-best": f"best.pt {ALL} {FAST}"}),
+    ("table3-cifar100", "cpu"): Recipe(
+        arms("madry trades trades-spat0 trades-spat0.1 mart mart-spat0.2", **OF_100), "--dataset {data}/cifar-100-png "
+        f"--arch wrn-10-2 --epochs 6 {RATE} --precision fp32 --compile on",
+        {"": "last.pt --attacks natural fgsm pgd cw --precision fp32 --compile on",
+         "-apgd": f"last.pt {APGD} {EXACT}"}),
+    ("table3-cifar100", "paper"): Recipe(
+        arms(FIVE.replace("0.3", "0.2"), **OF_100), f"--dataset cifar100 {FAST}",
+        {"": f"last.pt {ALL} {FAST}", "-best": f"best.pt {ALL} {FAST}"}),
+    ("table4", "digits"): Recipe(
+        semi("--epochs 30", "trades-300", "--epochs 10 --epsilon 0.05 --step-size 0.0125"),
+        f"--arch wrn-10-1 --limit-train 300 {RATE} {TINY}", {"": f"last.pt {PGD} 0.05 {EXACT}"},
+        label=(f"--attacks natural {EXACT}", "--dataset digits --skip 300")),
+    ("table4", "cpu"): Recipe(
+        semi(f"--val-size 0 --epochs 20 {DECAY}", "trades-10000", "--epochs 6"),
+        f"--arch wrn-16-2 --limit-train 10000 --batch-size 128 {RATE} {FAST}",
+        {"": f"last.pt --protocol rst {FAST}"}, "rst", "rst",
+        label=(f"--attacks natural {EAGER}", "--dataset cifar10 --skip 10000")),
+    ("table4", "paper"): Recipe(
+        {row.replace("trades", "rst"): flags for row, flags in arms("trades mart trades-spat0.1 mart-spat0.1").items()},
+        f"--recipe rst --aux-data ti_500K_pseudo_labeled.pickle {FAST}", {"": f"last.pt --protocol rst {FAST}"}),
+    ("figure4", "digits"): Recipe(
+        arms("standard madry"), f"--epochs 5 {TINY}", {"": f"last.pt {LS} 0 0.1 0.5 1 {EXACT}"}, "table3-digits"),
+    ("figure4", "cpu"): Recipe(
+        arms("standard madry"), f"--arch wrn-10-2 --epochs 6 {RATE} {DECAY} {FAST}",
+        {"": f"last.pt {LS} {SIXTEEN} {FAST}"}, "table3", "attack-strength"),
+    ("figure4", "paper"): Recipe(
+        arms("standard madry"), FAST, {"": f"last.pt {LS} {SIXTEEN} {FAST}"}, "table3-paper"),
+    ("figure5", "digits"): Recipe(
+        alpha_epsilon("0.05 0.1", "0 0.4 1"), f"--random-start uniform --limit-train 600 --epochs 5 {TINY}",
+        {"": f"last.pt {PGD} 0.05 {EXACT}"}),
+    ("figure5", "cpu"): Recipe(
+        alpha_epsilon(RADII, SIX), "--random-start uniform --arch wrn-10-1 --limit-train 10000 --val-size 0 --epochs 8 "
+        f"{RATE} {DECAY} {FAST}", {"": f"last.pt {PGD} 8/255 {EAGER}"}, "figure5", "figure5"),
+    ("figure5", "paper"): Recipe(
+        alpha_epsilon(RADII, SIX), f"--random-start uniform --arch resnet-50 {FAST}",
+        {"": f"last.pt {PGD} 8/255 {FAST}", "-best": f"best.pt {PGD} 8/255 {FAST}"}),
+}
+TARGETS, SCALES = (list(dict.fromkeys(key[i] for key in RECIPES)) for i in (0, 1))
+# (a, b): b minus a is what the paper compares, or tells its parts apart; where a target has both rows
+PAIRS = [tuple(pair.split(":")) for pair in (
+    "madry:madry-spat0.2 trades:trades-spat0.1 trades:trades-spat0 trades-spat0:trades-spat0.1 mart:mart-spat0.3 "
+    "mart:mart-spat0.2 trades-300:rst trades-10000:rst rst:rst-spat0.1 rst:rst-spat0 rst-spat0:rst-spat0.1 "
+    "mart:mart-spat0.1").split()]
+PAIRS += [(f"eps{e}-alpha0", f"eps{e}-alpha{a}") for e in ("4", "8", "16", "0.05", "0.1") for a in SIX.split()[1:]]
+ELSEWHERE = {"results/table3/trades-spat0": "results/table3/trades-spat0-last"}  # the former's JSON is of epoch 5
+
+
+class Cell(NamedTuple):
+    """One row of a target at a scale, with one seed; jobs.py says what its methods are for."""
+
+    target: str
+    scale: str
+    row: str
+    seed: int
+    data_dir: str = "data"
+
+    def __str__(self):
+        return f"{self.target} {self.scale} {self.row} seed {self.seed}"
+
+    def names(self):  # what the flags are filled in with
+        recipe, default = RECIPES[self[:2]], f"{self.target}-{self.scale}"
+        s = f"-s{self.seed}" if self.seed != 1 else ""
+        runs, results = f"runs/{recipe.runs or default}", f"results/{recipe.results or default}"
+        return {"run": f"{runs}/{self.row}{s}", "aux": f"{runs}/pseudo{s}.npz", "result": f"{results}/{self.row}{s}",
+                "seed": self.seed, "data": self.data_dir}
+
+    @property
+    def run(self):
+        return pathlib.Path(self.names()["run"])
+
+    @property
+    def log(self):
+        return pathlib.Path(self.names()["result"] + ".log.csv")
+
+    @property
+    def after(self):
+        return self._replace(row="labeller") if self.row != "labeller" else None
+
+    def command(self, script, flags):
+        names = self.names()
+        return [script, *(flag.format(**names) for flag in flags.split()),
+                *(["--data-dir", self.data_dir] if self.data_dir != "data" else [])]
+
+    def training(self):
+        recipe = RECIPES[self[:2]]
+        flags = f"{recipe.rows[self.row]} {recipe.train} --seed {{seed}} --out-dir {{run}}"
+        return self.command("train_cifar.py", flags)
+
+    def evaluations(self):
+        recipe, result = RECIPES[self[:2]], self.names()["result"]
+        lines = {"": f"last.pt {recipe.label[0]}"} if self.row == "labeller" else recipe.evaluate
+        paths = {ELSEWHERE.get(result, result) + f"{end}.json": flags for end, flags in lines.items()}
+        return {pathlib.Path(path): self.command("eval_attacks.py", f"--model-path {{run}}/{flags} --json {path}")
+                for path, flags in paths.items()}
+
+    def labelling(self):
+        line = "--model-path {run}/last.pt --output {aux} "
+        return {pathlib.Path(self.names()["aux"]): self.command("pseudo_label.py", line + RECIPES[self[:2]].label[1])
+                } if self.row == "labeller" else {}
+
+
+def cells_of(keys, seeds, data_dir):
+    """Seed by seed, so that what is finished is balanced; seeds None: the recipe's and those that results/ holds."""
+    cells = []
+    for key in keys:
+        files = " ".join(path.name for path in Cell(*key, "", 1).log.parent.glob("*.json"))
+        there = map(int, re.findall(r"-s(\d+)(?:-[a-z]+)?\.json", files))
+        cells += [Cell(*key, row, seed, data_dir) for seed in seeds or {*RECIPES[key].seeds, *there}
+                  for row in RECIPES[key].rows]
+    return sorted(cells, key=lambda cell: cell.seed)
+
+
+def listing(cells, processes):
+    print("target            scale    cells   finished   of another recipe   seeds; what the rest takes")
+    for key in RECIPES:
+        states = {cell: jobs.state(cell) for cell in cells if cell[:2] == key}
+        finished = [cell for cell, state in states.items() if not any(state)]
+        left, differ = (sum(bool(state[i]) for state in states.values()) for i in (0, 1))
+        rest = "unknown" if left else "nothing"
+        if left and finished:
+            results = [scores.read(path) for cell in finished for path in cell.evaluations()]
+            seconds = sum(float(row["seconds"]) for cell in finished for row in jobs.log_rows(cell))
+            seconds += sum(row["seconds"] for result in results for row in result["attacks"])
+            hours = seconds / len(finished) * left / processes / 3600
+            rest = f"{hours:.1f} h, {processes} at a time, as fast as the finished ones on {results[0]['device']}"
+        seeds = " ".join(map(str, dict.fromkeys(cell.seed for cell in states)))
+        print(f"{key[0]:<17} {key[1]:<8} {len(states):>5} {len(finished):>10} {differ:>19}   {seeds}; {rest}")
+
+
+def report(cells):
+    """Print the tables of each target's finished cells, and write results/TARGET-SCALE.json."""
+    for key in dict.fromkeys(cell[:2] for cell in cells):
+        found, shares, unfinished, differing = {}, {}, [], {}
+        for cell in (cell for cell in cells if cell[:2] == key and cell.row != "labeller"):
+            missing, words = jobs.state(cell)
+            if words:
+                differing[str(cell)] = "; ".join(words)
+            elif missing:
+                unfinished.append(str(cell))
+            else:
+                found.setdefault(cell.row, {})[cell.seed] = jobs.outcomes(cell)
+                share = [row["share_p_y_above_1_minus_alpha"] for row in jobs.log_rows(cell)[-1:]]
+                shares.setdefault(cell.row, []).extend(float(value) for value in share if value)
+        paper = {row: values for (target, row), values in scores.PAPER.items() if target == key[0]}
+        found = {row: found[row] for row in RECIPES[key].rows if row in found}
+        summary = compare.summarise(found, PAIRS, paper) | {
+            "shares": {row: statistics.fmean(values) for row, values in shares.items() if values},
+            "unfinished": unfinished, "of_another_recipe": differing}
+        print(f"\n## {key[0]}, {key[1]} scale\n\n{compare.markdown(summary) if found else 'Nothing is finished.'}\n")
+        print(f"not finished: {len(unfinished)} of its cells\n" * bool(unfinished), end="")
+        print("".join(f"left out: {cell}: {words}\n" for cell, words in differing.items()), end="")
+        if found:
+            path = pathlib.Path("results", f"{key[0]}-{key[1]}.json")
+            checkpoints.write_atomically(path, json.dumps(summary, indent=1).encode())
+
+
+def parse_args(argv=None):
+    parser = cli.Parser(prog="reproduce.py", description=__doc__)
+    add = parser.add_argument
+    add("target", nargs="?", choices=[*TARGETS, "all"], metavar="TARGET", help=f"{', '.join(TARGETS)}, or all")
+    add("--scale", choices=SCALES, help="digits: a minute a cell, offline; cpu: hours; gpu: one H100, table3 alone; "
+        "paper: its own. digits has no table3-cifar100, whose images are not offline")
+    add("--seeds", nargs="+", type=cli.natural_int, metavar="S", help="(default: 1; gpu: 1 to 4)")
+    add("--cell", type=cli.positive_int, metavar="N", help="the N-th cell alone, from 1: seed by seed, row by row")
+    add("--jobs", type=cli.positive_int, metavar="N", help="cells at once on a CPU, whose cores they share (default: "
+        "one a core, at most 4); on GPUs it is one a GPU")
+    add("--minutes", type=cli.positive_float, metavar="M", help="stop after so long, when all cells have saved")
+    add("--dry-run", action="store_true", help="print the commands that would be run")
+    add("--report", action="store_true", help="run nothing, print the tables (default seeds: all that are there)")
+    add("--data-dir", default="data", metavar="DIR", help="where CIFAR is, or is downloaded to (default: data)")
+    args = parser.parse_args(argv)
+    keys = [key for key in RECIPES if args.target in (None, "all", key[0]) and args.scale in (None, key[1])]
+    seeds = args.seeds or (None if args.report or not args.target else RECIPES[keys[0]].seeds if keys else ())
+    args.cells = cells_of(keys, set(seeds) if seeds else None, args.data_dir)
+    for wrong, why in (
+        (bool(args.target) != bool(args.scale), "TARGET and --scale go together"),
+        (not keys, f"{args.target} has no scale {args.scale}"),
+        ((args.dry_run or args.cell) and args.report, "--report: neither --dry-run nor --cell goes with it"),
+        (args.jobs and torch.cuda.device_count(), "--jobs: on GPUs it is one process a GPU"),
+        (args.cell and args.cell > len(args.cells), f"--cell {args.cell}: there are {len(args.cells)}"),
+    ):
+        if wrong:
+            parser.error(why)
+    args.cells = args.cells[args.cell - 1:args.cell] if args.cell else args.cells
+    return parser, args
+
+
+def main(argv=None):
+    parser, args = parse_args(argv)
+    slots = jobs.slots(args.jobs)
+    if not args.target:
+        return listing(args.cells, len(slots))
+    states = {cell: jobs.state(cell) for cell in args.cells}
+    unfinished = [cell for cell, (missing, differing) in states.items() if missing and not differing]
+    try:
+        if args.dry_run:
+            folders = {str(cell.log.parent): ["mkdir", "-p", str(cell.log.parent)] for cell in unfinished}
+            lines = [["python", *command] for cell in unfinished for command in jobs.todo(cell)]
+            return print("\n".join(map(shlex.join, [*folders.values(), *lines])))
+        failed, stopped = jobs.run([] if args.report else unfinished, slots, args.minutes)
+        report([] if args.cell else args.cells)
+    except (ValueError, OSError) as error:
+        parser.error(error)
+    failed |= {} if args.report else {cell: "; ".join(words) for cell, (_, words) in states.items() if words}
+    for cell, why in failed.items():
+        print(f"failed: {cell}: {why}", file=sys.stderr)
+    sys.exit(128 + stopped if stopped else 1 if failed else 0)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,363 @@
+"""reproduce.py and jobs.py: every line parses, what is finished is known, cells run once, one a GPU, and go on after
+kills; the numbers of the report."""
+
+import collections
+import json
+import os
+import pathlib
+import shlex
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import numpy as np
+import pytest
+import torch
+from helpers import fails_in_one_line
+
+import checkpoints
+import compare
+import eval_attacks
+import jobs
+import pseudo_label
+import reproduce
+import scores
+import train_cifar
+
+ROOT = pathlib.Path(__file__).parent.parent
+PARSERS = {"train_cifar.py": train_cifar.parse_args, "eval_attacks.py": eval_attacks.parse_args,
+           "pseudo_label.py": pseudo_label.parse_args}
+STUB = """
+import json, os, pathlib, sys, time
+name, flags = pathlib.Path(sys.argv[0]).name, sys.argv[1:]
+training = name == "train_cifar.py"
+key = flags[flags.index("--out-dir" if training else "--json") + 1]
+def note(what):
+    with open("calls.txt", "a") as file:
+        file.write(json.dumps([name, key, what, os.environ.get("CUDA_VISIBLE_DEVICES"), time.time()]) + "\\n")
+made = json.load(open("made.json"))
+note("--resume" in flags)
+if training:
+    pathlib.Path(key, "last.pt").write_bytes(pathlib.Path(made[key]["begun"]).read_bytes())
+print("working")
+time.sleep(made[key].get("seconds", 0))
+if made[key].get("fails"):
+    sys.exit("no space left on the moon")
+pathlib.Path(key, "last.pt" if training else "").write_bytes(pathlib.Path(made[key]["done"]).read_bytes())
+note("end")
+"""
+
+
+def lines_of(argv, capsys):
+    reproduce.main([*argv, "--dry-run"])
+    lines = capsys.readouterr().out.splitlines()
+    return [shlex.split(line) for line in lines if not line.startswith("mkdir -p results/")]
+
+
+@pytest.mark.parametrize("key", reproduce.RECIPES, ids=" ".join)
+def test_every_line_parses(key, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    lines = lines_of([key[0], "--scale", key[1], "--seeds", "7"], capsys)
+    for python, script, *flags in lines:
+        parsed = PARSERS[script](flags)
+        assert python == "python"
+        if script == "train_cifar.py":
+            args = train_cifar.with_defaults(parsed[1])
+            assert args.precision != "auto" and args.compile != "auto"
+        if script == "eval_attacks.py":
+            assert parsed[1].precision != "auto" and parsed[1].compile != "auto"
+            assert (tmp_path / parsed[1].json).parent.is_relative_to(tmp_path / "results")
+    cells = reproduce.cells_of([key], {2, 1}, "data")
+    assert 2 * [line[1] for line in lines].count("train_cifar.py") == len(cells) == 2 * len(reproduce.RECIPES[key].rows)
+    assert len({cell.log for cell in cells}) == len(cells)
+    assert [cell.seed for cell in cells] == sorted(cell.seed for cell in cells)
+
+
+def test_the_papers_scale_is_the_papers(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    trained = {target: [train_cifar.with_defaults(train_cifar.parse_args(line[2:])[1]) for line in lines_of(
+        [target, "--scale", "paper"], capsys) if line[1] == "train_cifar.py"] for target in reproduce.TARGETS}
+    table3 = trained["table3"] + trained["table3-cifar100"]
+    assert {(args.dataset, args.defense, args.spat_alpha) for args in table3} == set(scores.TABLE_3)
+    assert {(args.arch, args.epochs, args.epsilon, args.lr) for args in table3} == {("wrn-34-10", 90, "8/255", 0.1)}
+    decay = {(args.dataset, args.defense): args.weight_decay for args in table3}
+    assert [decay["cifar100", defense] for defense in ("madry", "trades", "mart")] == [2e-4, 2e-4, 7e-4]
+    assert {decay["cifar10", defense] for defense in ("madry", "trades", "mart")} == {7e-4}
+    assert len(table3) == 10 and len(trained["table4"]) == 4 and len(trained["figure5"]) == 18
+    assert {(a.defense, a.spat_alpha, a.arch, a.epochs) for a in trained["table4"]} == {
+        (defense, alpha, "wrn-28-10", 200) for defense in ("trades", "mart") for alpha in (None, 0.1)}
+    assert {(args.epsilon, args.spat_alpha) for args in trained["figure5"]} == {
+        (f"{e}/255", a) for e in (4, 8, 16) for a in (0, 0.2, 0.4, 0.6, 0.8, 1)}
+    assert {row for target, row in scores.PAPER if target == "table4"} == set(reproduce.RECIPES["table4", "paper"].rows)
+
+
+def test_earlier_results_count_where_their_recipe_is_the_tables(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    states = {cell: jobs.state(cell) for cell in reproduce.cells_of(
+        [key for key in reproduce.RECIPES if key[1] == "cpu" and key[0] != "table3-cifar100"], {1}, "data")}
+    of_another = {cell.row: differing for cell, (_, differing) in states.items() if differing}
+    assert len([cell for cell, state in states.items() if not any(state)]) == 7 + 4 + 2 + 12
+    assert of_another.pop("mart") == ["results/rst/mart.json: evaluated with compile off, not on"]
+    assert sorted(of_another) == sorted(["eps4-alpha0.6", "eps4-alpha0.8", "eps8-alpha0.8", "eps16-alpha0",
+                                         "eps16-alpha0.4", "eps16-alpha0.6"])
+    assert all(differing[0].endswith(": compile off, not on") for differing in of_another.values())
+    rows = jobs.outcomes(reproduce.Cell("table3", "cpu", "trades-spat0", 1))
+    assert round(100 * rows["Worst case"]["accuracy"], 2) == 28.00  # of the last epoch, and not epoch 5's 27.05
+    assert rows["APGD-CE + APGD-T"]["n"] == 1000 and rows["PGD-20"]["n"] == 10_000
+
+
+# Cells whose scripts are stubs ----------------------------------------------------------------------------------------
+
+
+def made_result(cell, command, right=300):
+    """What eval_attacks.py would write for the cell's command; the first `right` images are right in all attacks."""
+    trained = vars(train_cifar.with_defaults(train_cifar.parse_args(cell.training()[1:])[1]))
+    args = eval_attacks.parse_args(command[1:])[1]
+    args.epsilon = args.epsilon or "0.05"
+    rows = [scores.outcome(name, params, torch.arange(400) < right) for name, params in eval_attacks.attack_list(args)]
+    rows += [scores.worst_case(rows)] if len(rows) > 2 else []
+    model = {"dataset": "digits", "epochs": trained["epochs"], "args": trained}
+    return {"model": model, "n": 400, "epsilon": args.epsilon, "device": "stub", "precision": args.precision,
+            "compile": args.compile, "complete": True, "attacks": rows}
+
+
+@pytest.fixture
+def stubs(tmp_path, monkeypatch):
+    """Scripts that copy what was made before to where the real ones would write; stubs(cells, {cell: more}) makes it.
+    """
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(jobs, "HERE", tmp_path)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    for script in PARSERS:
+        (tmp_path / script).write_text(STUB)
+
+    def make(cells, more=None):
+        made = {}
+        for i, cell in enumerate(cells):
+            args = vars(train_cifar.with_defaults(train_cifar.parse_args(cell.training()[1:])[1]))
+            run = {"format": checkpoints.FORMAT, "args": args, "state_dict": {}, "optimizer": {}, "step": 0,
+                   "best": 0.0, "sums": torch.zeros(6), "on": ["cpu", 1]}
+            checkpoints.save(run | {"rows": []}, f"begun{i}.pt")
+            checkpoints.save(run | {"rows": [{}] * args["epochs"]}, f"done{i}.pt")
+            made[str(cell.run)] = {"begun": f"begun{i}.pt", "done": f"done{i}.pt"} | (more or {}).get(cell, {})
+            for j, (path, command) in enumerate(cell.evaluations().items()):
+                scores.write(f"result{i}-{j}.json", made_result(cell, command, 300 + i))
+                made[str(path)] = {"done": f"result{i}-{j}.json"}
+        pathlib.Path("made.json").write_text(json.dumps(made))
+        return cells
+
+    return make
+
+
+def calls():
+    return [json.loads(line) for line in pathlib.Path("calls.txt").read_text().splitlines()]
+
+
+def begun():
+    return [(script, key) for script, key, resumed, *_ in calls() if resumed != "end"]
+
+
+def ends(argv):
+    with pytest.raises(SystemExit) as exit_info:
+        reproduce.main(argv)
+    return exit_info.value.code
+
+
+TABLE3 = ["table3", "--scale", "digits", "--seeds", "1"]
+
+
+def seven():
+    return reproduce.cells_of([("table3", "digits")], {1}, "data")
+
+
+def test_two_gpus_get_one_process_each_and_no_cell_runs_twice(stubs, monkeypatch, capsys):
+    cells = stubs(seven(), {cell: {"seconds": 0.1} for cell in seven()})
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5")
+    assert ends(TABLE3) == 0
+    expected = [("train_cifar.py", str(cell.run)) for cell in cells]
+    expected += [("eval_attacks.py", str(path)) for cell in cells for path in cell.evaluations()]
+    assert sorted(begun()) == sorted(expected)
+    at_work = collections.Counter()
+    for _, _, resumed, gpu, _ in sorted(calls(), key=lambda call: call[-1]):
+        at_work[gpu] += -1 if resumed == "end" else 1
+        assert at_work[gpu] <= 1
+    assert set(at_work) == {"3", "5"}
+    capsys.readouterr()
+    assert "one process a GPU" in fails_in_one_line(reproduce.main, [*TABLE3, "--jobs", 2], capsys)
+    assert "working\n$ python eval_attacks.py" in (cells[0].run / "output.log").read_text()
+
+
+def test_what_is_finished_is_skipped_and_a_lost_json_alone_is_made_again(stubs):
+    cells = stubs(seven())
+    assert ends(TABLE3) == 0
+    pathlib.Path("calls.txt").write_text("")
+    assert ends(TABLE3) == 0 and begun() == []
+    path = next(iter(cells[2].evaluations()))
+    scores.write(path, scores.read(path) | {"complete": False})  # what a stopped evaluation leaves
+    assert ends(TABLE3) == 0 and begun() == [("eval_attacks.py", str(path))]
+    path.unlink()
+    assert ends([*TABLE3, "--cell", "2"]) == 0 and len(begun()) == 1  # another one
+    assert ends([*TABLE3, "--cell", "3"]) == 0 and begun()[1:] == [("eval_attacks.py", str(path))]
+
+
+def test_a_failing_cell_does_not_stop_the_others(stubs, capsys):
+    cells = seven()
+    stubs(cells, {cells[1]: {"fails": True}})
+    assert ends(TABLE3) == 1
+    assert [cell.row for cell in cells if any(jobs.state(cell))] == ["madry-spat0.2"]
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last == ("failed: table3 digits madry-spat0.2 seed 1: exit status 1, see "
+                    "runs/table3-digits/madry-spat0.2/output.log: no space left on the moon")
+    stubs(cells)
+    pathlib.Path("calls.txt").unlink()
+    assert ends(TABLE3) == 0 and [call[2] for call in calls()[:1]] == [True]  # it resumes
+    assert len(begun()) == 2
+
+
+def test_a_changed_recipe_is_named_and_not_mixed_in(stubs, monkeypatch, capsys):
+    cells = stubs(seven())
+    assert ends(TABLE3) == 0
+    recipe = reproduce.RECIPES["table3", "digits"]
+    rows = recipe.rows | {"mart": recipe.rows["mart"] + " --beta 4"}
+    monkeypatch.setitem(reproduce.RECIPES, ("table3", "digits"), recipe._replace(rows=rows))
+    capsys.readouterr()
+    pathlib.Path("calls.txt").write_text("")
+    assert ends(TABLE3) == 1 and begun() == []
+    out, err = capsys.readouterr()
+    why = "table3 digits mart seed 1: results/table3-digits/mart.json: beta 5.0, not 4.0"
+    assert f"left out: {why}" in out and err == f"failed: {why}\n"
+    assert "| mart |" not in out and "| madry | 1 |" in out
+    next(iter(cells[5].evaluations())).unlink()  # but the weights are still of the former recipe
+    assert ends(TABLE3) == 1 and begun() == []
+    assert "runs/table3-digits/mart is of another recipe (beta 5.0, not 4.0): move it away" in capsys.readouterr().err
+
+
+def test_a_result_that_is_not_what_was_asked_for_fails_its_cell(stubs, capsys):
+    cells = stubs(seven())
+    scores.write("result0-0.json", scores.read("result0-0.json") | {"compile": "on"})
+    assert ends(TABLE3) == 1
+    assert ("failed: table3 digits madry seed 1: results/table3-digits/madry.json: evaluated with compile on, not off"
+            in capsys.readouterr().err)
+    assert len([cell for cell in cells if not any(jobs.state(cell))]) == 6
+
+
+def test_trainings_that_targets_share_run_once_and_labels_come_first(stubs):
+    keys = [("table3", "digits"), ("figure4", "digits"), ("table4", "digits")]
+    cells = reproduce.cells_of(keys, {1}, "data")
+    labeller = next(cell for cell in cells if cell.row == "labeller")
+    assert cells[0].run == next(cell for cell in cells if (cell.target, cell.row) == ("figure4", "madry")).run
+    waiting = [cell for cell in cells if cell.after == labeller]
+    assert {cell.target for cell in waiting} == {"table4"} and labeller.after is None
+    assert str(next(iter(labeller.labelling()))) in shlex.join(waiting[1].training())
+
+
+def start(argv):
+    """reproduce.py with the stubs, as a process."""
+    code = (f"import sys; sys.path.insert(0, {str(ROOT)!r}); import pathlib, jobs, reproduce; "
+            f"jobs.HERE = pathlib.Path().resolve(); reproduce.main({argv!r})")
+    return subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE, text=True)
+
+
+def wait_for(condition, seconds=300):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.05)
+
+
+@pytest.mark.slow
+def test_killed_it_waits_for_its_orphan_and_goes_on(stubs, capsys):
+    cells = seven()[:1]
+    stubs(seven(), {cells[0]: {"seconds": 8}})
+    first = start([*TABLE3, "--cell", "1"])
+    wait_for(lambda: pathlib.Path("calls.txt").exists())
+    first.kill()
+    first.communicate()
+    assert ends([*TABLE3, "--cell", "1"]) == 0
+    assert f"{cells[0].run}: another process is at work there, waiting for it" in capsys.readouterr().err
+    assert [script for script, _ in begun()] == ["train_cifar.py", "eval_attacks.py"]
+
+
+@pytest.mark.parametrize("flags, number, code", [([], signal.SIGTERM, 143), ([], signal.SIGINT, 130),
+                                                 (["--minutes", "0.01"], None, 143)])
+def test_a_signal_ends_the_children_and_the_next_run_resumes(flags, number, code, stubs, capsys):
+    cells = stubs(seven(), {cell: {"seconds": 300} for cell in seven()[:2]})
+
+    def send():
+        wait_for(lambda: sum((cell.run / "last.pt").exists() for cell in cells[:2]) == 2)
+        os.kill(os.getpid(), number)
+
+    if number:
+        threading.Thread(target=send).start()
+    assert ends([*TABLE3, "--jobs", "2", *flags]) == code
+    assert "failed" not in capsys.readouterr().err
+    for cell in cells[:2]:
+        with open(cell.run / "output.log", "ab") as file:  # nobody holds it
+            jobs.fcntl.flock(file, jobs.fcntl.LOCK_EX | jobs.fcntl.LOCK_NB)
+    if not flags:
+        assert jobs.todo(cells[0]) == [cells[0].training() + ["--resume"], *cells[0].evaluations().values()]
+
+
+@pytest.mark.parametrize("argv, words", [
+    (["table5", "--scale", "cpu"], "table5"), (["table3"], "--scale go together"), (["--scale", "cpu"], "go together"),
+    (["table3-cifar100", "--scale", "digits"], "has no scale digits"), (["figure5", "--scale", "gpu"], "no scale gpu"),
+    ([*TABLE3, "--cell", "8"], "there are 7"), ([*TABLE3, "--cell", "0"], "above 0"),
+    ([*TABLE3, "--report", "--dry-run"], "--report"), ([*TABLE3, "--minutes", "-1"], "above 0"),
+])
+def test_bad_input_ends_in_one_line(argv, words, capsys):
+    assert words in fails_in_one_line(reproduce.main, argv, capsys)
+
+
+# The numbers of a report ----------------------------------------------------------------------------------------------
+
+
+def test_t_interval_is_scipys():
+    from scipy import stats
+    a, b = np.random.default_rng(0).normal(size=(2, 7))
+    expected = stats.ttest_rel(b, a)
+    found = compare.t_interval(list(b - a))
+    assert found["p"] == pytest.approx(expected.pvalue, rel=1e-12) and found["n"] == 7
+    assert found["interval"] == pytest.approx(tuple(expected.confidence_interval()), rel=1e-12)
+    assert found["mean"] == pytest.approx((b - a).mean())
+    for equal in ([0.5], [0.1 + 0.2, 0.3]):
+        assert compare.t_interval(equal) | {"n": 0, "mean": 0} == {"n": 0, "mean": 0, "interval": None, "p": None}
+
+
+def test_holm_by_hand():
+    assert compare.holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    assert compare.holm([0.6, None, 0.02]) == [1.0, 1.0, pytest.approx(0.06)]
+    assert compare.holm([]) == []
+
+
+def test_the_report_by_hand(stubs, capsys):
+    cells = reproduce.cells_of([("figure5", "digits")], {1, 2}, "data")
+    right = {("eps0.05-alpha0", 1): 300, ("eps0.05-alpha0", 2): 304, ("eps0.05-alpha0.4", 1): 308,
+             ("eps0.05-alpha0.4", 2): 316, ("eps0.1-alpha0", 1): 200, ("eps0.1-alpha1", 1): 100}
+    for cell in cells:
+        for path, command in cell.evaluations().items():
+            if (cell.row, cell.seed) in right:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                scores.write(path, made_result(cell, command, right[cell.row, cell.seed]))
+                cell.log.write_text(f"epoch,share_p_y_above_1_minus_alpha\n1,0.9\n2,{cell.seed / 10}\n")
+    assert ends(["figure5", "--scale", "digits", "--report"]) == 0
+    out, summary = capsys.readouterr().out, json.loads(pathlib.Path("results/figure5-digits.json").read_text())
+    rows = {(row["row"], row["attack"]): row for row in summary["rows"]}
+    row = rows["eps0.05-alpha0.4", "PGD-20"]
+    assert (row["mean"], row["n"], row["images"]) == (pytest.approx(0.78), 2, 400)
+    t = 12.7062  # Student's at 0.975 with one degree of freedom
+    assert row["interval"] == pytest.approx((0.78 - t * 0.01, 0.78 + t * 0.01), abs=1e-6)
+    assert summary["shares"]["eps0.05-alpha0.4"] == pytest.approx(0.15)
+    found = {(c["b"], c["attack"]): c for c in summary["comparisons"]}
+    assert len(found) == 4 and len(summary["unfinished"]) == 6
+    paired, images = found["eps0.05-alpha0.4", "PGD-20"], found["eps0.1-alpha1", "PGD-20"]
+    assert paired["over"] == "seeds" and paired["mean"] == pytest.approx(0.025)  # of +0.02 and +0.03
+    assert paired["interval"] == pytest.approx((0.025 - t * 0.005, 0.025 + t * 0.005), abs=1e-6)
+    assert paired["p"] == pytest.approx(1 - 2 / np.pi * np.arctan(5))  # t is 5, and t with 1 d.f. is Cauchy's
+    assert images["over"] == "images" and images["mean"] == -0.25 and images["interval"][1] < -0.2
+    assert images["p_holm"] == pytest.approx(4 * images["p"]) and paired["p_holm"] == pytest.approx(2 * paired["p"])
+    assert "| eps0.05-alpha0.4 | 2 | 78.00 ± 12.71 | 78.00 ± 12.71 | 15.00% |" in out
+    assert "| eps0.1-alpha1 - eps0.1-alpha0 | PGD-20 | -25.00 (" in out and "| images of seed 1 alone |" in out
+    assert "not finished: 6 of its cells" in out
