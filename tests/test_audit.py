@@ -45,6 +45,7 @@ def run(model_path, monkeypatch, wrapper=None, *flags):
     return result, {check["name"]: check for check in result["checks"]}
 
 
+@pytest.mark.slow
 def test_a_plain_model_passes(model_path, monkeypatch, tmp_path, capsys):
     result, checks = run(model_path, monkeypatch, None, "--json", str(tmp_path / "a.json"))
     assert all(check["fine"] for check in checks.values()), checks

@@ -124,6 +124,7 @@ def test_what_is_refused(tmp_path, capsys):
     assert "at least 4 classes, not 3" in fails_in_one_line(eval_attacks.main, argv, capsys)
 
 
+@pytest.mark.slow
 def test_the_row_of_the_evaluation(model_path, capsys):
     """Equal to the adapter on the same images; the share after each component; never called AutoAttack if it is not."""
     result = eval_attacks.main(["--model-path", str(model_path), *SMALL, "--attacks", "natural", "apgd", "autoattack",

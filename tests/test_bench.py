@@ -114,6 +114,7 @@ def test_the_sides(device, textbook, flags, levels):
     assert [name for name in bench.sides_of(args)] == ["textbook"] + [f"ours, fp32 {level}" for level in levels]
 
 
+@pytest.mark.slow
 def test_every_point_of_scaling_is_compiled(monkeypatch, capsys):
     """torch stops at its limit of versions and runs eager code: here it must not, and if it did it were an error."""
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))

@@ -196,6 +196,7 @@ def test_passes_for_batches_of_many_sizes_are_all_compiled(monkeypatch):
     assert [level for _, level, _ in found] == ["on"] * 4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("flags", [["standard"], ["madry"], ["trades"], ["mart", "--spat-alpha", "0.3"]], ids=" ".join)
 def test_training_keeps_no_result_that_a_cuda_graph_overwrites(flags, tmp_path, monkeypatch):
     """To the bit the eager run: so the rehearsal leaves no trace either."""
@@ -209,6 +210,7 @@ def test_training_keeps_no_result_that_a_cuda_graph_overwrites(flags, tmp_path, 
     assert without_times(tmp_path / "on/log.csv") == without_times(tmp_path / "off/log.csv")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("flags", [["--precision", "bf16"], ["--restarts", "2", "--any-step"], ["--pool"]])
 def test_evaluation_keeps_no_result_that_a_cuda_graph_overwrites(flags, model_path, tmp_path, monkeypatch):
     """A row of bf16 may have one of float32 in between: the margin with κ 0."""

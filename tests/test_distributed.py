@@ -27,6 +27,7 @@ def job(processes, *arguments):
     return done.returncode, done.stdout + done.stderr
 
 
+@pytest.mark.slow
 def test_weights_and_buffers_are_equal_on_all_processes(tmp_path):
     status, output = job(2, "observe", tmp_path, *RUN, "--out-dir", tmp_path / "run")
     assert status == 0, output
