@@ -25,13 +25,14 @@ IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
 
 
 class Dataset(NamedTuple):
-    """images (N, 3, H, W) uint8 in channels_last; labels (N,) int64; the names of the classes; and, to train on as
-    well, a data set of pseudo-labelled images."""
+    """images (N, 3, H, W) uint8 in channels_last; labels (N,) int64; the names of the classes; to train on as well, a
+    data set of pseudo-labelled images; and whether a mirrored image is still of its class."""
 
     images: torch.Tensor
     labels: torch.Tensor
     classes: list
     aux: "Dataset | None" = None
+    mirror: bool = True
 
     def to(self, device):
         return self._replace(images=self.images.to(device), labels=self.labels.to(device),
@@ -87,7 +88,8 @@ def _digits(train):
     images = F.interpolate(images, size=(32, 32), mode="bilinear").round().byte().expand(-1, 3, -1, -1)
     images = images.contiguous(memory_format=torch.channels_last)
     part = slice(0, 1397) if train else slice(1397, None)  # 400 test images; the file's order is by writer
-    return Dataset(images[part], torch.from_numpy(digits.target[part]), [str(name) for name in digits.target_names])
+    return Dataset(images[part], torch.from_numpy(digits.target[part]), [str(name) for name in digits.target_names],
+                   mirror=False)
 
 
 def read_image_files(files):
@@ -237,10 +239,10 @@ def to_float(images):
     return images.to(torch.float32, memory_format=torch.channels_last).div_(255)
 
 
-def augment(images, generator, padding=4):
+def augment(images, generator, mirror=True, padding=4):
     """Random crop (pad 4) and random horizontal flip of a uint8 batch, as in TRADES and MART; float32 in [0, 1]."""
     b, device = len(images), images.device
     top = torch.randint(2 * padding + 1, (b,), generator=generator, device=device)
     left = torch.randint(2 * padding + 1, (b,), generator=generator, device=device)
-    flip = torch.rand(b, generator=generator, device=device) < 0.5
+    flip = torch.rand(b, generator=generator, device=device) < (0.5 if mirror else 0.0)
     return to_float(crop_and_flip(images, top, left, flip, padding))

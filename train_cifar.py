@@ -202,7 +202,7 @@ def training_batch(args, train_set, indices, step):
     """(x, y, the attack's start) of one step, augmented; of several processes each takes its part of what is drawn."""
     rng = data.step_generator(train_set.images.device, args.seed, step)
     images, y = data.mixed(train_set, indices, aux_images(args), rng)
-    x = data.augment(images, rng)
+    x = data.augment(images, rng, train_set.mirror)
     start = attacks.start_perturbation(args.random_start, x, float(Fraction(args.epsilon)), rng)
     rank, world = cli.rank_and_world()
     mine = slice(rank * args.batch_size // world, (rank + 1) * args.batch_size // world)

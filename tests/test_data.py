@@ -34,6 +34,9 @@ def test_augment_draws_every_offset_and_both_flips():
     assert x.dtype == torch.float32 and x.min() >= 0 and x.max() <= 1
     seen = {tuple(v.flatten().tolist()) for v in x[:, :2, 16, 15:17]}
     assert len(seen) == 2 * 81  # 9x9 offsets, each with and without flip
+    x_upright = data.augment(images, data.step_generator("cpu", 1, 0), mirror=False)
+    assert len({tuple(v.flatten().tolist()) for v in x_upright[:, :2, 16, 15:17]}) == 81  # digits: no flip
+    assert not data.load("digits").mirror and data.Dataset(images, None, []).mirror
     again = data.augment(images, data.step_generator("cpu", 1, 0))
     assert torch.equal(x, again) and not torch.equal(x, data.augment(images, data.step_generator("cpu", 1, 1)))
 
