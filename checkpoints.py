@@ -67,7 +67,7 @@ def load(path, device="cpu"):
                 if archive.testzip():
                     raise ValueError("checksum")  # torch.load does not look at the checksums
                 for entry in archive.infolist():
-                    if entry.filename.endswith(".pkl"):
+                    if entry.filename.lower().endswith(".pkl"):  # torch takes data.PKL for data.pkl
                         pickles.refuse_deep_tuples(archive.open(entry))
         else:
             with open(path, "rb") as file:

@@ -9,7 +9,6 @@ import fcntl
 import os
 import pathlib
 import shlex
-import shutil
 import signal
 import subprocess
 import sys
@@ -18,6 +17,7 @@ import time
 import torch
 from tqdm import tqdm
 
+import checkpoints
 import data
 import eval_attacks
 import rundir
@@ -71,7 +71,8 @@ def state(cell):
 
 def todo(cell):
     """The commands that finish a cell. ValueError if its run directory holds a run of another recipe, or none whole."""
-    missing, trained, resume = state(cell)[0], not state(cell)[0], []
+    missing, resume = state(cell)[0], []
+    trained = not missing
     if missing and any((cell.run / name).exists() for name in ("last.pt", "last.prev.pt")):
         run, resume = rundir.load_run(cell.run), ["--resume"]
         if words := trained_otherwise(run["args"], cell):
@@ -86,7 +87,7 @@ def finish(cell):
     if missing or differing:
         raise ValueError(f"{', '.join(map(str, missing))} not written" if missing else "; ".join(differing))
     with contextlib.suppress(FileNotFoundError):
-        shutil.copyfile(cell.run / "log.csv", cell.log)
+        checkpoints.write_atomically(cell.log, (cell.run / "log.csv").read_bytes())
 
 
 def outcomes(cell):
@@ -97,9 +98,11 @@ def outcomes(cell):
         args.epsilon = args.epsilon or result["epsilon"]
         names = [name for name, _ in eval_attacks.attack_list(args)]
         files.append(pathlib.Path(args.model_path).name)
-        for row in result["attacks"]:
-            if row["name"] in names or row["params"].get("of") == names:  # the worst case of these
-                entries.setdefault(row["name"] + f", {files[-1]}" * (files[-1] != files[0]), row)
+        rows = [row for row in result["attacks"] if row["name"] in names]
+        if not entries and sum(bool(row["params"]) for row in rows) > 1:
+            rows.append(scores.worst_case(rows))  # of the recipe's attacks: the file may hold more
+        for row in rows:
+            entries.setdefault(row["name"] + f", {files[-1]}" * (files[-1] != files[0]), row)
     return entries
 
 
@@ -126,7 +129,7 @@ class Job:
 
     def __init__(self, cell, slot):
         cell.run.mkdir(parents=True, exist_ok=True)
-        self.cell, self.slot, self.log = cell, slot, open(cell.run / "output.log", "ab")
+        self.cell, self.slot, self.log = cell, slot, open(cell.run / "output.log", "ab", buffering=0)
         try:
             fcntl.flock(self.log, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -140,7 +143,6 @@ class Job:
     def start(self):
         script, *flags = self.commands.pop(0)
         self.log.write(f"$ {shlex.join(['python', script, *flags])}\n".encode())
-        self.log.flush()
         self.process = subprocess.Popen(  # in a group of its own: Ctrl-C is not to reach it besides what run() sends
             [sys.executable, HERE / script, *flags], stdin=subprocess.DEVNULL, stdout=self.log, stderr=self.log,
             env=os.environ | self.slot, process_group=0)
@@ -160,10 +162,21 @@ class Job:
         return True
 
 
+def check_compiler(cells):
+    """ValueError if a recipe compiles and torch.compile fails here: train_cifar.py would go on without, to a result
+    that is of another recipe."""
+    if any("--compile on" in shlex.join(cell.training()) for cell in cells):
+        try:
+            torch.compile(torch.relu)(torch.zeros(9, requires_grad=True)).sum().backward()
+        except Exception as error:  # whatever the toolchain may raise
+            raise ValueError(f"this recipe compiles, but torch.compile fails here ({type(error).__name__})") from None
+
+
 def run(cells, slots, minutes=None):
     """Finish the cells, as many at once as there are slots, never two with the same `run`; where another process is at
     work, it is waited for. -> ({cell: why it failed}, the signal that stopped it, SIGTERM after so many minutes, or
     None); a stopped cell has saved."""
+    check_compiler(cells)
     waiting, jobs, free, failed, stopped, elsewhere = list(cells), [], list(slots), {}, None, set()
     end = time.monotonic() + 60 * minutes if minutes else float("inf")
 

@@ -3,7 +3,7 @@
     python reproduce.py                                        what there is, what is finished, what the rest would take
     python reproduce.py table3 --scale digits --seeds 1 2 3    trains, evaluates and reports; again: goes on
     python reproduce.py table3 --scale paper --dry-run         the commands that it would run, one a line
-    python reproduce.py figure5 --scale cpu --report           the tables of what is finished; runs nothing
+    python reproduce.py figure5 --scale cpu --report           runs nothing; the tables of what is finished
     python reproduce.py table3 --scale paper --cell 3          one cell, for the array job of a scheduler, or on 8 GPUs:
     sbatch --array=1-5 --gres=gpu:1 --signal=B:TERM@120 --wrap \\
         'exec python reproduce.py table3 --scale paper --cell $SLURM_ARRAY_TASK_ID'
@@ -254,7 +254,7 @@ def parse_args(argv=None):
         "one a core, at most 4); on GPUs it is one a GPU")
     add("--minutes", type=cli.positive_float, metavar="M", help="stop after so long, when all cells have saved")
     add("--dry-run", action="store_true", help="print the commands that would be run")
-    add("--report", action="store_true", help="run nothing, print the tables (default seeds: all that are there)")
+    add("--report", action="store_true", help="run nothing; print the tables, and write results/TARGET-SCALE.json")
     add("--data-dir", default="data", metavar="DIR", help="where CIFAR is, or is downloaded to (default: data)")
     args = parser.parse_args(argv)
     keys = [key for key in RECIPES if args.target in (None, "all", key[0]) and args.scale in (None, key[1])]
@@ -262,8 +262,9 @@ def parse_args(argv=None):
     args.cells = cells_of(keys, set(seeds) if seeds else None, args.data_dir)
     for wrong, why in (
         (bool(args.target) != bool(args.scale), "TARGET and --scale go together"),
+        (not args.target and (args.report or args.dry_run or args.cell), "--report, --dry-run, --cell need a TARGET"),
         (not keys, f"{args.target} has no scale {args.scale}"),
-        ((args.dry_run or args.cell) and args.report, "--report: neither --dry-run nor --cell goes with it"),
+        (args.report and (args.seeds or args.dry_run or args.cell), "--report takes no --seeds, --dry-run or --cell"),
         (args.jobs and torch.cuda.device_count(), "--jobs: on GPUs it is one process a GPU"),
         (args.cell and args.cell > len(args.cells), f"--cell {args.cell}: there are {len(args.cells)}"),
     ):
@@ -286,7 +287,7 @@ def main(argv=None):
             lines = [["python", *command] for cell in unfinished for command in jobs.todo(cell)]
             return print("\n".join(map(shlex.join, [*folders.values(), *lines])))
         failed, stopped = jobs.run([] if args.report else unfinished, slots, args.minutes)
-        report([] if args.cell else args.cells)
+        report([] if args.cell else cells_of({cell[:2]: 0 for cell in args.cells}, None, args.data_dir))  # all seeds
     except (ValueError, OSError) as error:
         parser.error(error)
     failed |= {} if args.report else {cell: "; ".join(words) for cell, (_, words) in states.items() if words}

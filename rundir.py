@@ -103,7 +103,8 @@ def load_run(out_dir):
 
 class Run:
     """A training run after some of its steps: what is counted, logged, saved and restored. Rank 0 alone writes into
-    args.out_dir. state: the checkpoint to go on from, or None."""
+    args.out_dir. state: the checkpoint to go on from, or None: weights, momentum, step, log and the epoch's sums. It
+    holds no random state, as every draw is a function of (seed, step)."""
 
     def __init__(self, args, model, optimizer, train_set, state=None):
         self.args, self.model, self.optimizer, self.classes = args, model, optimizer, train_set.classes
@@ -111,6 +112,7 @@ class Run:
         self.steps_per_epoch = math.ceil(len(train_set.labels) / args.batch_size)
         self.total_steps = args.epochs * self.steps_per_epoch
         self.step, self.rows, self.best, self.sums = 0, [], -1.0, torch.zeros(6, device=self.device)
+        self.rate = args.lr
         if state is not None:
             model.load_state_dict(state["state_dict"])
             optimizer.load_state_dict(state["optimizer"])
@@ -120,6 +122,9 @@ class Run:
                 print(f"resumed on {[self.device.type, self.world]}, was on {state['on']}: no longer equal to the bit")
 
     def checkpoint(self):
+        """What is saved. FloatingPointError if the last update, after the loss that is checked, broke the weights."""
+        if not all(parameter.isfinite().all() for parameter in self.model.parameters()):
+            raise FloatingPointError(f"weights are not finite after step {self.step}, lr {self.rate:g}")
         return {"format": checkpoints.FORMAT, "args": vars(self.args), "classes": self.classes,
                 "epoch": self.step // self.steps_per_epoch, "state_dict": self.model.state_dict(),
                 "optimizer": self.optimizer.state_dict(), "step": self.step, "rows": self.rows, "best": self.best,

@@ -209,9 +209,9 @@ def training_batch(args, train_set, indices, step):
     return x[mine], y[mine], start[mine]
 
 
-def inner_maximisation(model, forward, x, y, start, args):
+def inner_maximisation(model, fast, x, y, start, args):
     """x_adv by PGD (Eq. 7) on the frozen model: of the defense's own objective, or of LSCE, SPAT's attack (Eq. 10).
-    None in standard training. forward: the fast callable x -> logits."""
+    None in standard training. fast: a callable x -> logits of the model."""
     if args.defense == "standard":
         return None
     objective, target = INNER[args.defense], y
@@ -220,15 +220,15 @@ def inner_maximisation(model, forward, x, y, start, args):
     epsilon, step_size = float(Fraction(args.epsilon)), float(Fraction(args.step_size))
     with models.frozen(model):
         if objective is losses.kl_divergence:
-            target = attacks.probabilities(forward, x)
-        return attacks.pgd(forward, x, target, objective, epsilon=epsilon, step_size=step_size,
+            target = attacks.probabilities(fast, x)
+        return attacks.pgd(fast, x, target, objective, epsilon=epsilon, step_size=step_size,
                            num_steps=args.num_steps, random_start=start)
 
 
-def outer_minimisation(both, optimizer, x, x_adv, y, args):
+def outer_minimisation(both_passes, optimizer, x, x_adv, y, args):
     """One step on the defense's loss, Eq. 4 -> (loss, logits_nat, logits_adv), None for logits that it does without."""
-    both.train()
-    logits_nat, logits_adv = both(None if args.defense == "madry" else x, x_adv)
+    both_passes.train()
+    logits_nat, logits_adv = both_passes(None if args.defense == "madry" else x, x_adv)
     loss = OUTER[args.defense](logits_adv, logits_nat, y, args.beta)
     loss.backward()
     optimizer.step()
@@ -242,7 +242,7 @@ def train(args, state, train_set, val_set, device, stop=()):
     torch.manual_seed(args.seed)  # for the initial weights; every later draw is a function of (seed, step)
     model = models.build_model(args.arch, len(train_set.classes)).to(device)
     run = rundir.Run(args, model, build_optimizer(model, args), train_set, state)
-    eager, forward, both = training_passes(run, train_set)
+    eager, fast, both_passes = training_passes(run, train_set)
     with run.begin(state):
         for epoch in range(run.step // run.steps_per_epoch, args.epochs):
             order = data.batches(len(train_set.labels), args.batch_size, args.seed, epoch, aux_images(args)).to(device)
@@ -251,12 +251,12 @@ def train(args, state, train_set, val_set, device, stop=()):
                     return False
                 run.set_rate(learning_rate(args, epoch + 1, run.step / run.total_steps))
                 x, y, start = training_batch(args, train_set, indices, run.step)
-                x_adv = inner_maximisation(model, forward, x, y, start, args)
+                x_adv = inner_maximisation(model, fast, x, y, start, args)
                 shares = rundir.sampled_shares(run, eager, x, x_adv, y)  # of the model that was attacked
-                loss, logits_nat, logits_adv = outer_minimisation(both, run.optimizer, x, x_adv, y, args)
+                loss, logits_nat, logits_adv = outer_minimisation(both_passes, run.optimizer, x, x_adv, y, args)
                 cli.broadcast_buffers(model)
                 run.count(torch.cat([rundir.tally(loss, logits_nat, logits_adv, y), shares]))
-            run.end_epoch(forward, val_set)
+            run.end_epoch(fast, val_set)
     return True
 
 
@@ -273,9 +273,8 @@ def main(argv=None):
             if args.aux_data:
                 train_set = data.pseudo_labelled(args.aux_data, checkpoints.load_arrays(args.aux_data), train_set)
             cli.barrier()  # nobody has found anything wrong
-            out_dir = pathlib.Path(args.out_dir)
             if rank == 0:
-                stack.enter_context(rundir.run_lock(out_dir))
+                stack.enter_context(rundir.run_lock(args.out_dir))
                 print(f"{args.dataset}: {len(train_set.labels)} images to train on, {len(val_set.labels)} held out")
             cli.barrier()  # the lock is held: until now another run may have saved there, or begun
             args, state = new_or_resumed(typed)
@@ -286,9 +285,10 @@ def main(argv=None):
         try:
             complete = train(args, state, train_set.to(device), val_set.to(device), device, stop)
         except (FloatingPointError, *cli.FAULTS) as error:
-            sys.exit(f"{parser.prog}: {error}; {rundir.describe_checkpoints(out_dir)}")
+            sys.exit(f"{parser.prog}: {error}; {rundir.describe_checkpoints(args.out_dir)}")
         if rank == 0 and complete:
-            print(f"python eval_attacks.py --model-path {out_dir / ('best.pt' if args.val_size else 'last.pt')}")
+            best = "best.pt" if args.val_size else "last.pt"
+            print("python eval_attacks.py --model-path", shlex.quote(f"{args.out_dir}/{best}"))
         elif rank == 0:
             print("stopped and saved; go on with\npython train_cifar.py --resume --out-dir", shlex.quote(args.out_dir))
         if not complete:

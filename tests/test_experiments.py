@@ -17,13 +17,15 @@ import compare
 import data
 import eval_attacks
 import pseudo_label
+import reproduce
 import scores
 import train_cifar
 
 ROOT = pathlib.Path(__file__).parent.parent
 PARSERS = {"eval_attacks.py": eval_attacks.parse_args, "audit.py": audit.parse_args, "bench.py": bench.parse_args,
            "train_cifar.py": train_cifar.parse_args,
-           "compare.py": compare.parse_args, "pseudo_label.py": pseudo_label.parse_args}
+           "compare.py": compare.parse_args, "pseudo_label.py": pseudo_label.parse_args,
+           "reproduce.py": reproduce.parse_args}
 
 
 def commands(path):

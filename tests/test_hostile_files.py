@@ -272,11 +272,13 @@ def test_any_damaged_file_of_pseudo_labels_is_refused_or_works(tmp_path, cases):
 def deep_models(folder):
     """torch.load alone dies of them."""
     path, deep = folder / "m.pt", b"\x80\x02})" + b"\x85" * 300_000 + b"K\x01s."
-    with zipfile.ZipFile(path, "w") as file:
-        file.writestr("archive/data.pkl", deep)
-        file.writestr("archive/version", "3\n")
-    parts = [pickle.dumps(part, protocol=2) for part in (0x1950A86A20F9469CFC6C, 1001, {})]
-    for content in (path.read_bytes(), b"".join(parts) + deep):
+    contents = [b"".join(pickle.dumps(part, protocol=2) for part in (0x1950A86A20F9469CFC6C, 1001, {})) + deep]
+    for name in ("data.pkl", "DATA.PKL"):
+        with zipfile.ZipFile(buffer := io.BytesIO(), "w") as file:
+            file.writestr(f"archive/{name}", deep)
+            file.writestr("archive/version", "3\n")
+        contents.append(buffer.getvalue())
+    for content in contents:
         path.write_bytes(content)
         assert refuses(eval_attacks.main, ["--model-path", str(path)])
 

@@ -217,6 +217,28 @@ def test_a_failing_cell_does_not_stop_the_others(stubs, capsys):
     assert len(begun()) == 2
 
 
+def test_a_recipe_that_compiles_ends_before_the_work_where_there_is_no_compiler(monkeypatch, tmp_path, capsys):
+    def broken(*_, **__):
+        raise RuntimeError("no compiler")
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(jobs.torch, "compile", broken)
+    error = fails_in_one_line(reproduce.main, ["table3", "--scale", "cpu"], capsys)
+    assert "torch.compile fails here (RuntimeError)" in error and not list(tmp_path.iterdir())
+
+
+def test_the_worst_case_is_of_the_recipes_attacks(stubs):
+    """A file that holds one attack more, under which nothing is right."""
+    cell = stubs(seven()[:1])[0]
+    assert ends([*TABLE3, "--cell", "1"]) == 0
+    path, = cell.evaluations()
+    result, before = json.loads(path.read_text()), jobs.outcomes(cell)
+    more = result["attacks"][1] | {"name": "another", "correct_mask": "00" * 50}
+    result["attacks"] = [*result["attacks"][:-1], more, scores.worst_case([*result["attacks"][:-1], more])]
+    path.write_text(json.dumps(result))
+    assert jobs.outcomes(cell) == before and before["Worst case"]["correct"] > 0
+
+
 def test_a_changed_recipe_is_named_and_not_mixed_in(stubs, monkeypatch, capsys):
     cells = stubs(seven())
     assert ends(TABLE3) == 0

@@ -462,6 +462,24 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, monkeypatch):
     assert "step" in message and "lr" in message and "last.pt" in message
 
 
+def test_weights_that_the_last_update_breaks_are_not_saved(tmp_path, monkeypatch):
+    """The loss of that step is of before the update."""
+    real, steps = train_cifar.outer_minimisation, []
+
+    def poisoned(both, optimizer, *rest):
+        result = real(both, optimizer, *rest)
+        steps.append(1)
+        if len(steps) == 6:
+            optimizer.param_groups[0]["params"][0].data.fill_(float("nan"))
+        return result
+
+    monkeypatch.setattr(train_cifar, "outer_minimisation", poisoned)
+    with pytest.raises(SystemExit, match="weights are not finite after step 6"):
+        train_cifar.main(["--defense", "madry", *TINY, "--out-dir", str(tmp_path)])
+    for name in ("last.pt", "best.pt"):
+        assert all(v.isfinite().all() for v in checkpoints.load(tmp_path / name)["state_dict"].values()), name
+
+
 def test_the_tally_counts_per_example():
     """Four examples of two classes: p_y(x) and p_y(x_adv) set by hand."""
     p_nat, p_adv = torch.tensor([0.95, 0.6, 0.75, 0.2]), torch.tensor([0.45, 0.7, 0.75, 0.1])
