@@ -77,7 +77,8 @@ RATE, DECAY = "--lr 0.2 --lr-schedule onecycle", "--weight-decay 5e-4"
 TINY = f"--dataset digits --val-size 0 --batch-size 32 --num-steps 5 {EXACT}"
 
 RECIPES = {
-    ("table3", "digits"): Recipe(arms(SEVEN), f"--epochs 5 {TINY}", {"": f"last.pt {ALL} {EXACT}"}),
+    ("table3", "digits"): Recipe(
+        arms(SEVEN), f"--epochs 5 {TINY}", {"": f"last.pt --attacks natural fgsm pgd cw {EXACT}"}),
     ("table3", "cpu"): Recipe(
         arms(SEVEN), f"--arch wrn-10-2 --epochs 6 {RATE} {DECAY} {FAST}",
         {"": f"last.pt {ALL} {FAST}", "-apgd": f"last.pt {APGD} {EAGER}",
@@ -96,7 +97,7 @@ RECIPES = {
         {"": f"last.pt {ALL} {FAST}", "-best": f"best.pt {ALL} {FAST}"}),
     ("table4", "digits"): Recipe(
         semi("--epochs 30", "trades-300", "--epochs 10 --epsilon 0.05 --step-size 0.0125"),
-        f"--arch wrn-10-1 --limit-train 300 {RATE} {TINY}", {"": f"last.pt {PGD} 0.05 {EXACT}"},
+        f"--arch wrn-10-1 --limit-train 300 {RATE} {TINY}", {"": f"last.pt {PGD} 0.05 --num-images 200 {EXACT}"},
         label=(f"--attacks natural {EXACT}", "--dataset digits --skip 300")),
     ("table4", "cpu"): Recipe(
         semi(f"--val-size 0 --epochs 20 {DECAY}", "trades-10000", "--epochs 6"),
@@ -106,8 +107,8 @@ RECIPES = {
     ("table4", "paper"): Recipe(
         {row.replace("trades", "rst"): flags for row, flags in arms("trades mart trades-spat0.1 mart-spat0.1").items()},
         f"--recipe rst --aux-data ti_500K_pseudo_labeled.pickle {FAST}", {"": f"last.pt --protocol rst {FAST}"}),
-    ("figure4", "digits"): Recipe(
-        arms("standard madry"), f"--epochs 5 {TINY}", {"": f"last.pt {LS} 0 0.1 0.5 1 {EXACT}"}, "table3-digits"),
+    ("figure4", "digits"): Recipe(arms("standard madry"), f"--epochs 5 {TINY}", {
+        "": f"last.pt {LS} 0 0.1 0.5 1 --num-images 200 {EXACT}"}, "table3-digits"),
     ("figure4", "cpu"): Recipe(
         arms("standard madry"), f"--arch wrn-10-2 --epochs 6 {RATE} {DECAY} {FAST}",
         {"": f"last.pt {LS} {SIXTEEN} {FAST}"}, "table3", "attack-strength"),
@@ -115,7 +116,7 @@ RECIPES = {
         arms("standard madry"), FAST, {"": f"last.pt {LS} {SIXTEEN} {FAST}"}, "table3-paper"),
     ("figure5", "digits"): Recipe(
         alpha_epsilon("0.05 0.1", "0 0.4 1"), f"--random-start uniform --limit-train 600 --epochs 5 {TINY}",
-        {"": f"last.pt {PGD} 0.05 {EXACT}"}),
+        {"": f"last.pt {PGD} 0.05 --num-images 200 {EXACT}"}),
     ("figure5", "cpu"): Recipe(
         alpha_epsilon(RADII, SIX), "--random-start uniform --arch wrn-10-1 --limit-train 10000 --val-size 0 --epochs 8 "
         f"{RATE} {DECAY} {FAST}", {"": f"last.pt {PGD} 8/255 {EAGER}"}, "figure5", "figure5"),
