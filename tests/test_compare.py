@@ -2,6 +2,7 @@
 
 import copy
 import json
+import pathlib
 
 import numpy as np
 import pytest
@@ -11,6 +12,8 @@ from scipy.stats import binomtest
 
 import compare
 import scores
+
+RESULTS = pathlib.Path(__file__).parent.parent / "results"
 
 
 def outcomes(n, gained, lost, both, seed=0):
@@ -43,6 +46,46 @@ def test_no_change_still_has_an_interval_and_no_significance():
     a = np.array([True] * 50 + [False] * 50)
     d = compare.paired_difference(a, a)
     assert d["difference"] == 0 and d["p"] == 1 and d["interval"][0] < 0 < d["interval"][1]
+
+
+def test_the_difference_estimator_is_unbiased_covers_and_gains_by_a_related_attack():
+    """Over 2,000 draws of 256 of 10,000 images, whose true difference under the costly attack is known."""
+    g = np.random.default_rng(0)
+    all_a, all_b = outcomes(10_000, 900, 1100, 2500)
+    falls = g.random((2, 10_000)) < 0.02  # what the costly attack breaks besides
+    a, b = all_a & ~falls[0], all_b & ~falls[1]
+    truth, found, plain = b.mean() - a.mean(), [], []
+    for _ in range(2000):
+        order = g.permutation(10_000)
+        seen = order[:256]
+        found.append(compare.difference_estimator(a[seen], b[seen], all_a[order], all_b[order]))
+        plain.append(compare.paired_difference(a[seen], b[seen]))
+    differences, (low, high) = np.array([d["difference"] for d in found]), np.array([d["interval"] for d in found]).T
+    assert differences.mean() == pytest.approx(truth, abs=4 * differences.std() / 2000**0.5)
+    assert 0.93 < ((low < truth) & (truth < high)).mean()
+    plain_low, plain_high = np.array([d["interval"] for d in plain]).T
+    assert (high - low).mean() < 0.5 * (plain_high - plain_low).mean()
+    assert (found[0]["n"], found[0]["images"]) == (256, 10_000)
+
+
+def test_the_difference_estimator_of_all_images_is_the_paired_difference():
+    a, b = outcomes(1000, 60, 90, 300)
+    unrelated = outcomes(1000, 200, 100, 300, seed=1)
+    found, expected = compare.difference_estimator(a, b, *unrelated), compare.paired_difference(a, b)
+    assert found["difference"] == pytest.approx(expected["difference"])
+    assert found["interval"] == pytest.approx(expected["interval"], abs=1e-4)
+    assert found["p"] == pytest.approx(expected["p"], abs=0.01)
+
+
+@pytest.mark.parametrize("after, expected", [("madry-spat0.2", 0.0079), ("mart", 0.0245)])
+def test_what_pgd_flatters_by_is_printed(after, expected, capsys):
+    paths = [str(RESULTS / f"table3/{name}.json") for name in ("madry", after)]
+    compare.main(paths)
+    found = compare.flattery(*map(scores.read, paths))
+    rows = [{row["name"]: row["correct"] for row in scores.read(path)["attacks"]} for path in paths]
+    lost = [row["PGD-20"] - row["Worst case"] for row in rows]  # the worst case's are right under PGD-20 too
+    assert found["difference"] == pytest.approx((lost[1] - lost[0]) / 10_000) == pytest.approx(expected)
+    assert f"wrong in the worst case, B - A: {100 * expected:+.2f} (" in capsys.readouterr().out
 
 
 @pytest.fixture

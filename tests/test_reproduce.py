@@ -354,6 +354,23 @@ def test_holm_by_hand():
     assert compare.holm([]) == []
 
 
+def test_an_attack_on_few_images_is_estimated_for_all(monkeypatch, tmp_path):
+    """Of results/: Madry + SPAT's difference on the first 256 and 1,000 images, and on all by the worst case."""
+    monkeypatch.chdir(ROOT)
+    found = {row: {1: jobs.outcomes(reproduce.Cell("table3", "cpu", row, 1))} for row in ("madry", "madry-spat0.2")}
+    of = {c["attack"]: c for c in compare.summarise(found, [("madry", "madry-spat0.2")], {})["comparisons"]}
+    assert of["PGD-20"]["all_images"] is None and of["Worst case"]["all_images"] is None
+    entries = [seeds[1][name] for name in ("AutoAttack", "Worst case") for seeds in found.values()]
+    assert of["AutoAttack"]["all_images"] == compare.difference_estimator(*map(scores.correct_mask, entries))
+    assert round(100 * of["APGD-CE + APGD-T"]["all_images"]["difference"], 2) == 0.46
+    found = {row: seeds | {2: seeds[1]} for row, seeds in found.items()}
+    summary = compare.summarise(found, [("madry", "madry-spat0.2")], {})
+    of = {c["attack"]: c for c in summary["comparisons"]}
+    of_two = compare.t_interval([-0.0024, -0.0024]) | {"mean": pytest.approx(-0.0024)}
+    assert of["AutoAttack"]["all_images"] == of_two
+    assert "| | estimated for all images | -0.24 no spread | " in compare.markdown(summary)
+
+
 def test_the_report_by_hand(stubs, capsys):
     cells = reproduce.cells_of([("figure5", "digits")], {1, 2}, "data")
     right = {("eps0.05-alpha0", 1): 300, ("eps0.05-alpha0", 2): 304, ("eps0.05-alpha0.4", 1): 308,
