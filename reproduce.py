@@ -112,8 +112,7 @@ RECIPES = {
     ("figure4", "cpu"): Recipe(
         arms("standard madry"), f"--arch wrn-10-2 --epochs 6 {RATE} {DECAY} {FAST}",
         {"": f"last.pt {LS} {SIXTEEN} {FAST}"}, "table3", "attack-strength"),
-    ("figure4", "paper"): Recipe(
-        arms("standard madry"), FAST, {"": f"last.pt {LS} {SIXTEEN} {FAST}"}, "table3-paper"),
+    ("figure4", "paper"): Recipe(arms("standard madry"), FAST, {"": f"last.pt {LS} {SIXTEEN} {FAST}"}, "table3-paper"),
     ("figure5", "digits"): Recipe(
         alpha_epsilon("0.05 0.1", "0 0.4 1"), f"--random-start uniform --limit-train 600 --epochs 5 {TINY}",
         {"": f"last.pt {PGD} 0.05 --num-images 200 {EXACT}"}),
