@@ -11,8 +11,8 @@ import checkpoints
 import data
 import models
 
-SMALL = ["--num-images", "24", "--precision", "fp32", "--compile", "off", "--epsilon", "0.02",
-         "--square-queries", "100"]
+SMALL = ["--num-images", "40", "--precision", "fp32", "--compile", "off", "--epsilon", "0.02",
+         "--square-queries", "300"]
 pytestmark = pytest.mark.usefixtures("cut_budget")
 
 
