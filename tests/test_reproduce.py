@@ -371,7 +371,10 @@ def test_an_attack_on_few_images_is_estimated_for_all(monkeypatch, tmp_path):
     assert "| | estimated for all images | -0.24 no spread | " in compare.markdown(summary)
 
 
-def test_the_report_by_hand(stubs, capsys):
+def test_the_report_by_hand(stubs, monkeypatch, capsys):
+    recipe = reproduce.RECIPES["figure5", "digits"]
+    all_images = {"": recipe.evaluate[""].replace("--num-images 200 ", "")}
+    monkeypatch.setitem(reproduce.RECIPES, ("figure5", "digits"), recipe._replace(evaluate=all_images))
     cells = reproduce.cells_of([("figure5", "digits")], {1, 2}, "data")
     right = {("eps0.05-alpha0", 1): 300, ("eps0.05-alpha0", 2): 304, ("eps0.05-alpha0.4", 1): 308,
              ("eps0.05-alpha0.4", 2): 316, ("eps0.1-alpha0", 1): 200, ("eps0.1-alpha1", 1): 100}
