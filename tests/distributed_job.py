@@ -50,7 +50,7 @@ def main(mode, folder, *argv):
 
     def overtaken(out_dir):
         time.sleep(1)  # the other process must wait, not only be slower
-        os.replace(f"{folder}/newer.pt", out_dir / "last.pt")
+        os.replace(f"{folder}/newer.pt", pathlib.Path(out_dir, "last.pt"))
         return run_lock(out_dir)
 
     def note_step(args, state, *_):
