@@ -216,8 +216,8 @@ def evaluate(model, test, args, result, device):
         for attack in todo:
             start = bar.begin(attack)
             chosen = images.right() if args.pool else torch.ones_like(test.labels, dtype=torch.bool)
-            of_precision = forward_fp32 if "precision" in attack.params else forward
-            extra = run_attack(attack, of_precision, images, chosen, args.tf32, bar) if chosen.any() else {}
+            craft_by = forward_fp32 if "precision" in attack.params else forward
+            extra = run_attack(attack, craft_by, images, chosen, args.tf32, bar) if chosen.any() else {}
             if not attack.params:
                 natural = images.logits
             elif natural is not None and not args.pool:

@@ -130,7 +130,7 @@ class Run:
                 "optimizer": self.optimizer.state_dict(), "step": self.step, "rows": self.rows, "best": self.best,
                 "sums": self.sums, "on": [self.device.type, self.world]}
 
-    def begin(self, state):
+    def prepare_directory(self, state):
         """Write args.json, and save a new run, so that from its first step on it can be resumed. Of a resumed one, put
         last.prev.pt in the place of a last.pt that load_run found damaged: the next save would put that one over the
         only whole checkpoint. Returns the run's bar, a context."""

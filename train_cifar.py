@@ -243,7 +243,7 @@ def train(args, state, train_set, val_set, device, stop=()):
     model = models.build_model(args.arch, len(train_set.classes)).to(device)
     run = rundir.Run(args, model, build_optimizer(model, args), train_set, state)
     eager, fast, both_passes = training_passes(run, train_set)
-    with run.begin(state):
+    with run.prepare_directory(state):
         for epoch in range(run.step // run.steps_per_epoch, args.epochs):
             order = data.batches(len(train_set.labels), args.batch_size, args.seed, epoch, aux_images(args)).to(device)
             for indices in order[run.step % run.steps_per_epoch :]:
