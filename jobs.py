@@ -172,6 +172,19 @@ def check_compiler(cells):
             raise ValueError(f"this recipe compiles, but torch.compile fails here ({type(error).__name__})") from None
 
 
+def ended(jobs, stopped, fail):
+    """Those of the jobs that are at their end; the others have begun their next command where one has ended."""
+    found = []
+    for job in jobs:
+        try:
+            if job.process.poll() is not None and not job.next(stopped):
+                found.append(job)
+        except (ValueError, OSError) as error:
+            fail(job.cell, error)
+            found.append(job)
+    return found
+
+
 def run(cells, slots, minutes=None):
     """Finish the cells, as many at once as there are slots, never two with the same `run`; where another process is at
     work, it is waited for. -> ({cell: why it failed}, the signal that stopped it, SIGTERM after so many minutes, or
@@ -210,12 +223,7 @@ def run(cells, slots, minutes=None):
                     except (ValueError, OSError) as error:
                         fail(cell, error)
                         bar.update()
-                for job in [job for job in jobs if job.process.poll() is not None]:
-                    try:
-                        if job.next(stopped):
-                            continue
-                    except (ValueError, OSError) as error:
-                        fail(job.cell, error)
+                for job in ended(jobs, stopped, fail):
                     jobs.remove(job)
                     free.append(job.slot)
                     job.log.close()
