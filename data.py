@@ -14,9 +14,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
-import torchvision
 from PIL import Image
-from torchvision.datasets.folder import find_classes, make_dataset
 
 NAMED = ("cifar10", "cifar100", "digits")
 # The radius to train and to evaluate with, unless a flag says otherwise. On digits PGD-20 breaks a standard model.
@@ -60,6 +58,8 @@ def _alone_in(folder):
 
 
 def _cifar(name, data_dir, train):
+    import torchvision  # here and below: its import takes 1.7 s, which digits need not wait for
+
     cls = {"cifar10": torchvision.datasets.CIFAR10, "cifar100": torchvision.datasets.CIFAR100}[name]
     folder = pathlib.Path(data_dir, cls.base_folder)
     new = [path for path in (folder.parent, *folder.parent.parents) if not path.exists()]
@@ -109,6 +109,8 @@ def read_image_files(files):
 
 def _image_folder(path, train):
     """PATH/train/CLASS/* and PATH/test/CLASS/*, in a fixed shuffled order: so the first images hold every class."""
+    from torchvision.datasets.folder import find_classes, make_dataset
+
     try:
         (classes, numbers), (others, _) = (find_classes(path / part) for part in ("train", "test"))
         files, labels = zip(*make_dataset(path / ("train" if train else "test"), numbers, IMAGE_SUFFIXES), strict=True)

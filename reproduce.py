@@ -97,7 +97,7 @@ RECIPES = {
         arms(FIVE.replace("0.3", "0.2"), **OF_100), f"--dataset cifar100 {FAST}",
         {"": f"last.pt {ALL} {FAST}", "-best": f"best.pt {ALL} {FAST}"}),
     ("table4", "digits"): Recipe(
-        semi("--epochs 30", "trades-300", "--epochs 10 --epsilon 0.05"),
+        semi("--epochs 30", "trades-300", "--epochs 6 --epsilon 0.05"),
         f"--arch wrn-10-1 --limit-train 300 {RATE} {TINY}", {"": f"last.pt {PGD} 0.05 {SMALL}"},
         label=(f"--attacks natural {SMALL}", "--dataset digits --skip 300")),
     ("table4", "cpu"): Recipe(

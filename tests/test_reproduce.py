@@ -371,13 +371,10 @@ def test_an_attack_on_few_images_is_estimated_for_all(monkeypatch, tmp_path):
     assert "| | estimated for all images | -0.24 no spread | " in compare.markdown(summary)
 
 
-def test_the_report_by_hand(stubs, monkeypatch, capsys):
-    recipe = reproduce.RECIPES["figure5", "digits"]
-    all_images = {"": recipe.evaluate[""].replace("--num-images 200 ", "")}
-    monkeypatch.setitem(reproduce.RECIPES, ("figure5", "digits"), recipe._replace(evaluate=all_images))
+def test_the_report_by_hand(stubs, capsys):
     cells = reproduce.cells_of([("figure5", "digits")], {1, 2}, "data")
     right = {("eps0.05-alpha0", 1): 300, ("eps0.05-alpha0", 2): 304, ("eps0.05-alpha0.4", 1): 308,
-             ("eps0.05-alpha0.4", 2): 316, ("eps0.1-alpha0", 1): 200, ("eps0.1-alpha1", 1): 100}
+             ("eps0.05-alpha0.4", 2): 316, ("eps0.025-alpha0", 1): 200, ("eps0.025-alpha1", 1): 100}
     for cell in cells:
         for path, command in cell.evaluations().items():
             if (cell.row, cell.seed) in right:
@@ -394,12 +391,12 @@ def test_the_report_by_hand(stubs, monkeypatch, capsys):
     assert summary["shares"]["eps0.05-alpha0.4"] == pytest.approx(0.15)
     found = {(c["b"], c["attack"]): c for c in summary["comparisons"]}
     assert len(found) == 4 and len(summary["unfinished"]) == 6
-    paired, images = found["eps0.05-alpha0.4", "PGD-20"], found["eps0.1-alpha1", "PGD-20"]
+    paired, images = found["eps0.05-alpha0.4", "PGD-20"], found["eps0.025-alpha1", "PGD-20"]
     assert paired["over"] == "seeds" and paired["mean"] == pytest.approx(0.025)  # of +0.02 and +0.03
     assert paired["interval"] == pytest.approx((0.025 - t * 0.005, 0.025 + t * 0.005), abs=1e-6)
     assert paired["p"] == pytest.approx(1 - 2 / np.pi * np.arctan(5))  # t is 5, and t with 1 d.f. is Cauchy's
     assert images["over"] == "images" and images["mean"] == -0.25 and images["interval"][1] < -0.2
     assert images["p_holm"] == pytest.approx(4 * images["p"]) and paired["p_holm"] == pytest.approx(2 * paired["p"])
     assert "| eps0.05-alpha0.4 | 2 | 78.00 ± 12.71 | 78.00 ± 12.71 | 15.00% |" in out
-    assert "| eps0.1-alpha1 - eps0.1-alpha0 | PGD-20 | -25.00 (" in out and "| images of seed 1 alone |" in out
+    assert "| eps0.025-alpha1 - eps0.025-alpha0 | PGD-20 | -25.00 (" in out and "| images of seed 1 alone |" in out
     assert "not finished: 6 of its cells" in out
