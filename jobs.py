@@ -1,7 +1,8 @@
 """Cells, each of some command lines and the files that they leave: which are finished, what they say, what the others
-still need, and the doing of it, side by side. A cell (reproduce.Cell) has `run`, the directory of its training; `log`,
-where its log.csv goes in the end; `after`, a cell that must have ended before; training(), a command, as a list; and
-evaluations() and labelling(), {file: the command that writes it}."""
+still need, and the doing of it, side by side. A cell (reproduce.Cell) is a tuple that begins with its target and its
+scale, and has `run`, the directory of its training; `log`, where its log.csv goes in the end; `after`, a cell that must
+have ended before; training(), a command, as a list; and evaluations() and labelling(), {file: the command that writes
+it}."""
 
 import contextlib
 import csv
@@ -110,6 +111,24 @@ def log_rows(cell):
     """The rows of a cell's log.csv, or []."""
     path = next((path for path in (cell.log, cell.run / "log.csv") if path.exists()), None)
     return list(csv.DictReader(path.read_text().splitlines())) if path else []
+
+
+def listing(cells, processes):
+    """Print for each target and scale what is finished and what the rest takes, so many processes at a time."""
+    print("target            scale    cells   finished   of another recipe   seeds; what the rest takes")
+    for key in dict.fromkeys(cell[:2] for cell in cells):
+        states = {cell: state(cell) for cell in cells if cell[:2] == key}
+        finished = [cell for cell, (missing, differing) in states.items() if not missing and not differing]
+        left, differ = (sum(bool(of_cell[i]) for of_cell in states.values()) for i in (0, 1))
+        rest = "unknown" if left else "nothing"
+        if left and finished:
+            results = [scores.read(path) for cell in finished for path in cell.evaluations()]
+            seconds = sum(float(row["seconds"]) for cell in finished for row in log_rows(cell))
+            seconds += sum(row["seconds"] for result in results for row in result["attacks"])
+            hours = seconds / len(finished) * left / processes / 3600
+            rest = f"{hours:.1f} h, {processes} at a time, as fast as the finished ones on {results[0]['device']}"
+        seeds = " ".join(map(str, dict.fromkeys(cell.seed for cell in states)))
+        print(f"{key[0]:<17} {key[1]:<8} {len(states):>5} {len(finished):>10} {differ:>19}   {seeds}; {rest}")
 
 
 def slots(jobs=None):

@@ -199,23 +199,6 @@ def cells_of(keys, seeds, data_dir):
     return sorted(cells, key=lambda cell: cell.seed)
 
 
-def listing(cells, processes):
-    print("target            scale    cells   finished   of another recipe   seeds; what the rest takes")
-    for key in RECIPES:
-        states = {cell: jobs.state(cell) for cell in cells if cell[:2] == key}
-        finished = [cell for cell, state in states.items() if not any(state)]
-        left, differ = (sum(bool(state[i]) for state in states.values()) for i in (0, 1))
-        rest = "unknown" if left else "nothing"
-        if left and finished:
-            results = [scores.read(path) for cell in finished for path in cell.evaluations()]
-            seconds = sum(float(row["seconds"]) for cell in finished for row in jobs.log_rows(cell))
-            seconds += sum(row["seconds"] for result in results for row in result["attacks"])
-            hours = seconds / len(finished) * left / processes / 3600
-            rest = f"{hours:.1f} h, {processes} at a time, as fast as the finished ones on {results[0]['device']}"
-        seeds = " ".join(map(str, dict.fromkeys(cell.seed for cell in states)))
-        print(f"{key[0]:<17} {key[1]:<8} {len(states):>5} {len(finished):>10} {differ:>19}   {seeds}; {rest}")
-
-
 def report(cells):
     """Print the tables of each target's finished cells, and write results/TARGET-SCALE.json."""
     for key in dict.fromkeys(cell[:2] for cell in cells):
@@ -236,8 +219,8 @@ def report(cells):
             "shares": {row: statistics.fmean(values) for row, values in shares.items() if values},
             "unfinished": unfinished, "of_another_recipe": differing}
         print(f"\n## {key[0]}, {key[1]} scale\n\n{compare.markdown(summary) if found else 'Nothing is finished.'}\n")
-        print(f"not finished: {len(unfinished)} of its cells\n" * bool(unfinished), end="")
-        print("".join(f"left out: {cell}: {words}\n" for cell, words in differing.items()), end="")
+        of_few = f"not finished: {len(unfinished)} of its cells\n" if unfinished else ""
+        print(of_few + "".join(f"left out: {cell}: {words}\n" for cell, words in differing.items()), end="")
         if found:
             path = pathlib.Path("results", f"{key[0]}-{key[1]}.json")
             checkpoints.write_atomically(path, json.dumps(summary, indent=1).encode())
@@ -279,7 +262,7 @@ def main(argv=None):
     parser, args = parse_args(argv)
     slots = jobs.slots(args.jobs)
     if not args.target:
-        return listing(args.cells, len(slots))
+        return jobs.listing(args.cells, len(slots))
     states = {cell: jobs.state(cell) for cell in args.cells}
     unfinished = [cell for cell, (missing, differing) in states.items() if missing and not differing]
     try:

@@ -5,6 +5,7 @@ import collections
 import json
 import os
 import pathlib
+import random
 import shlex
 import signal
 import subprocess
@@ -276,11 +277,12 @@ def test_trainings_that_targets_share_run_once_and_labels_come_first(stubs):
     assert str(next(iter(labeller.labelling()))) in shlex.join(waiting[1].training())
 
 
-def start(argv):
-    """reproduce.py with the stubs, as a process."""
-    code = (f"import sys; sys.path.insert(0, {str(ROOT)!r}); import pathlib, jobs, reproduce; "
-            f"jobs.HERE = pathlib.Path().resolve(); reproduce.main({argv!r})")
-    return subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE, text=True)
+def start(argv, prepare, **where):
+    """reproduce.py after the statements of `prepare`, as a process."""
+    code = (f"import sys; sys.path.insert(0, {str(ROOT)!r}); import pathlib, jobs, reproduce; {prepare}; "
+            f"reproduce.main({argv!r})")
+    pipes = dict.fromkeys(("stdout", "stderr"), subprocess.PIPE)
+    return subprocess.Popen([sys.executable, "-c", code], text=True, **pipes, **where)
 
 
 def wait_for(condition, seconds=300):
@@ -294,13 +296,43 @@ def wait_for(condition, seconds=300):
 def test_killed_it_waits_for_its_orphan_and_goes_on(stubs, capsys):
     cells = seven()[:1]
     stubs(seven(), {cells[0]: {"seconds": 8}})
-    first = start([*TABLE3, "--cell", "1"])
+    first = start([*TABLE3, "--cell", "1"], "jobs.HERE = pathlib.Path().resolve()")
     wait_for(lambda: pathlib.Path("calls.txt").exists())
     first.kill()
     first.communicate()
     assert ends([*TABLE3, "--cell", "1"]) == 0
     assert f"{cells[0].run}: another process is at work there, waiting for it" in capsys.readouterr().err
     assert [script for script, _ in begun()] == ["train_cifar.py", "eval_attacks.py"]
+
+
+TWO = """key = ("table3", "digits"); recipe = reproduce.RECIPES[key]
+reproduce.RECIPES[key] = recipe._replace(
+    rows={row: recipe.rows[row] for row in ("trades", "mart-spat0.3")}, train=recipe.train + " --limit-train 512",
+    evaluate={"": recipe.evaluate[""] + " --num-images 50"})"""
+
+
+@pytest.mark.slow
+def test_two_real_cells_killed_three_times_end_as_those_left_alone(tmp_path):
+    random.seed(seed := time.time_ns())
+    print("seed", seed)
+    alone, killed = tmp_path / "alone", tmp_path / "killed"
+    for folder, kills in ((alone, []), (killed, ["all", "parent", "all"])):
+        folder.mkdir()
+        for kill in kills:
+            first = start(TABLE3, TWO, cwd=folder)
+            time.sleep(random.uniform(5, 20))
+            children = pathlib.Path(f"/proc/{first.pid}/task/{first.pid}/children").read_text().split()
+            first.kill()
+            for child in children if kill == "all" else ():
+                os.kill(int(child), signal.SIGKILL)
+            first.communicate()
+        last = start(TABLE3, TWO, cwd=folder)
+        assert "| mart-spat0.3 | 1 |" in last.communicate(timeout=600)[0] and last.returncode == 0
+    for name in ("trades", "mart-spat0.3"):
+        a, b = (checkpoints.load(folder / f"runs/table3-digits/{name}/last.pt") for folder in (alone, killed))
+        assert all(torch.equal(a["state_dict"][key], b["state_dict"][key]) for key in a["state_dict"])
+        a, b = (scores.read(folder / f"results/table3-digits/{name}.json") for folder in (alone, killed))
+        assert [row["correct_mask"] for row in a["attacks"]] == [row["correct_mask"] for row in b["attacks"]]
 
 
 @pytest.mark.parametrize("flags, number, code", [([], signal.SIGTERM, 143), ([], signal.SIGINT, 130),
