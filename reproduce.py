@@ -98,7 +98,7 @@ RECIPES = {
         {"": f"last.pt {ALL} {FAST}", "-best": f"best.pt {ALL} {FAST}"}),
     ("table4", "digits"): Recipe(
         semi("--epochs 30", "trades-300", "--epochs 6 --epsilon 0.05"),
-        f"--arch wrn-10-1 --limit-train 300 {RATE} {TINY}", {"": f"last.pt {PGD} 0.05 {SMALL}"},
+        f"--arch wrn-10-1 --limit-train 300 {RATE} {TINY}", {"": f"last.pt {PGD} 0.05 --num-images 200 {SMALL}"},
         label=(f"--attacks natural {SMALL}", "--dataset digits --skip 300")),
     ("table4", "cpu"): Recipe(
         semi(f"--val-size 0 --epochs 20 {DECAY}", "trades-10000", "--epochs 6"),
@@ -116,7 +116,7 @@ RECIPES = {
     ("figure4", "paper"): Recipe(arms("standard madry"), FAST, {"": f"last.pt {LS} {SIXTEEN} {FAST}"}, "table3-paper"),
     ("figure5", "digits"): Recipe(
         alpha_epsilon("0.025 0.05", "0 0.4 1"), f"--random-start uniform --limit-train 600 --epochs 5 {TINY}",
-        {"": f"last.pt {PGD} 0.05 {SMALL}"}),
+        {"": f"last.pt {PGD} 0.05 --num-images 200 {SMALL}"}),
     ("figure5", "cpu"): Recipe(
         alpha_epsilon(RADII, SIX), "--random-start uniform --arch wrn-10-1 --limit-train 10000 --val-size 0 --epochs 8 "
         f"{RATE} {DECAY} {FAST}", {"": f"last.pt {PGD} 8/255 {EAGER}"}, "figure5", "figure5"),
