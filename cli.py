@@ -159,14 +159,25 @@ def forward_pass(model, precision="fp32"):
     return forward
 
 
-def pick_compile(name, model, eager, x, passes):
+def duration(minutes):
+    """0.5 -> "30 seconds", 3.2 -> "3 minutes", 50_000 -> "35 days"."""
+    units = {"months": 43_800, "days": 1440, "hours": 60, "minutes": 1, "seconds": 1 / 60}
+    unit = next((unit for unit, size in units.items() if minutes >= 2 * size), "seconds")
+    return f"{minutes / units[unit]:.0f} {unit}"
+
+
+def pick_compile(name, model, eager, x, passes, too_long=None):
     """(`name`, the reason in words), where "auto" is "on" if `passes` passes of the callable `eager` over batches like
-    x take so long that compiling pays, else "off". CUDA graphs, not yet seen at work here, must be asked for."""
+    x take so long that compiling pays, else "off". CUDA graphs, not yet seen at work here, must be asked for.
+    too_long: what to say where a CPU needs more than a day."""
     if name != "auto":
         return name, "as asked"
-    minutes = seconds(lambda: models.rehearse(model, eager, x), x.device, repeats=1) * passes / 60
-    few = minutes < COMPILE_PAYS_MINUTES
-    return "off" if few else "on", f"eager needs about {minutes:.0f} minutes{few * ', too few for compiling to pay'}"
+    part = x if x.is_cuda else x[:16]  # one pass of a WRN-34-10 over 128 images takes a minute on two cores
+    minutes = seconds(lambda: models.rehearse(model, eager, part), x.device, 1) * len(x) / len(part) * passes / 60
+    if minutes < COMPILE_PAYS_MINUTES:
+        return "off", f"eager needs about {duration(minutes)}, too little for compiling to pay"
+    hint = f", {too_long}" if too_long and minutes > 24 * 60 and not x.is_cuda else ""
+    return "on", f"eager needs about {duration(minutes)}{hint}"
 
 
 def compiled_pass(model, eager, x, level="on", train_passes=0):
@@ -197,12 +208,12 @@ def fast_pass(model, eager, x, level, train_passes=0):
     return eager, "off", words
 
 
-def forward_passes(args, model, x, passes, train_passes=0):
+def forward_passes(args, model, x, passes, train_passes=0, too_long=None):
     """(eager, fast) callables x -> logits of the model, by args.precision and args.compile. What these come to goes
     into args, the same on all processes, and onto the screen. passes: how many, over batches like x, are to come."""
     args.precision, why = agreed(pick_precision(args.precision, x.device))
     eager = forward_pass(model, args.precision)
-    args.compile, why_compile = agreed(pick_compile(args.compile, model, eager, x, passes))
+    args.compile, why_compile = agreed(pick_compile(args.compile, model, eager, x, passes, too_long))
     forward, args.compile, words = fast_pass(model, eager, x, args.compile, train_passes)
     if rank_and_world()[0] == 0:
         print(f"precision {args.precision}: {why}\ncompile {args.compile}: {'; '.join([why_compile, *words])}")

@@ -148,7 +148,8 @@ def markdown(summary):
                  + (f" ± {50 * (cell['interval'][1] - cell['interval'][0]):.2f}" if cell["interval"] else "")
                  + ("" if cell["paper"] is None else f" [{cell['paper']:.2f}]") for cell in of_row]
         share = summary.get("shares", {}).get(name)
-        seeds = max(cell["n"] for cell in of_row if cell)
+        of_seeds = max((cell["accuracies"] for cell in of_row if cell), key=len)
+        seeds = len(of_seeds) if len(of_seeds) > 1 else f"seed {next(iter(of_seeds))}"
         lines.append(f"| {name} | {seeds} | " + " | ".join([*texts, "" if share is None else f"{share:.2%}"]) + " |")
     lines += ["", "| difference, points | attack | 95 % interval | p | Holm's p | over | paper |", "| --- " * 7 + "|"]
     for c in summary["comparisons"]:

@@ -8,6 +8,7 @@ import contextlib
 import fcntl
 import os
 import pathlib
+import re
 import warnings
 from typing import NamedTuple
 
@@ -38,6 +39,9 @@ class Dataset(NamedTuple):
 
     def subset(self, indices):
         return self._replace(images=self.images[indices], labels=self.labels[indices])
+
+    def first_classes(self, k):
+        return self.subset(self.labels < k)._replace(classes=self.classes[:k])
 
 
 def _dataset(images_nhwc, labels, classes):
@@ -129,8 +133,9 @@ def _one_line(error):
 
 
 def load(name, data_dir="data", train=True):
-    """The training or the test part of "cifar10", "cifar100" (downloaded into data_dir if need be), "digits"
-    (scikit-learn's 8x8 digits, resized to 32x32) or a folder with train/CLASS/*.png and test/CLASS/*.png.
+    """The training or the test part of "cifar10", "cifar100" (downloaded into data_dir if need be), "cifar10-first4"
+    (its first four classes; any number from 2 on), "digits" (scikit-learn's 8x8 digits, resized to 32x32) or a folder
+    with train/CLASS/*.png and test/CLASS/*.png.
 
     Raises ValueError, with one line that says what to do, where the data are missing or damaged.
     """
@@ -138,6 +143,8 @@ def load(name, data_dir="data", train=True):
         return _cifar(name, data_dir, train)
     if name == "digits":
         return _digits(train)
+    if first := re.fullmatch(r"(cifar100?)-first([2-9]|[1-9]\d)", name):
+        return load(first[1], data_dir, train).first_classes(int(first[2]))
     if not pathlib.Path(name).is_dir():
         raise ValueError(f"unknown data set {name!r}: neither {', '.join(NAMED)} nor a folder")
     return _image_folder(pathlib.Path(name), train)

@@ -221,7 +221,7 @@ def run(cells, slots, minutes=None):
         bar.write(f"failed: {cell}", file=sys.stderr)
 
     bar = tqdm(total=len(cells), unit="cell", dynamic_ncols=True, disable=not cells)
-    with bar, rundir.deferred_signals() as received:
+    with bar, rundir.deferred_signals(second=signal.default_int_handler) as received:
         try:
             while waiting or jobs:
                 if (received or time.monotonic() > end) and not stopped:

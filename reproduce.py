@@ -115,7 +115,7 @@ RECIPES = {
         {"": f"last.pt {LS} {SIXTEEN} {FAST}"}, "table3", "attack-strength"),
     ("figure4", "paper"): Recipe(arms("standard madry"), FAST, {"": f"last.pt {LS} {SIXTEEN} {FAST}"}, "table3-paper"),
     ("figure5", "digits"): Recipe(
-        alpha_epsilon("0.025 0.05", "0 0.4 1"), f"--random-start uniform --limit-train 600 --epochs 5 {TINY}",
+        alpha_epsilon("0.025 0.05", "0 0.4 1"), f"--random-start uniform --limit-train 600 --epochs 3 {TINY}",
         {"": f"last.pt {PGD} 0.05 --num-images 200 {SMALL}"}),
     ("figure5", "cpu"): Recipe(
         alpha_epsilon(RADII, SIX), "--random-start uniform --arch wrn-10-1 --limit-train 10000 --val-size 0 --epochs 8 "

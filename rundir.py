@@ -10,6 +10,7 @@ import os
 import pathlib
 import shutil
 import signal
+import sys
 import time
 from fractions import Fraction
 
@@ -22,6 +23,7 @@ import losses
 import models
 import scores
 
+STOPPING = "stopping: the step at hand is given up, the run is saved; Ctrl-C again ends it at once"
 SHARES_EVERY = 8  # steps: the two logged shares of examples cost forward passes of their own
 READ_EVERY = {"cpu": 1, "cuda": 10}  # steps: reading a number waits for the GPU, a signal to several processes for it
 
@@ -42,15 +44,17 @@ def run_lock(out_dir):
 
 
 @contextlib.contextmanager
-def deferred_signals():
-    """Inside, a first SIGINT or SIGTERM only appends its number to the list that this yields, so that the step at hand
-    can be finished and saved; a second one ends the process at once."""
+def deferred_signals(notice="", second=signal.SIG_DFL):
+    """Inside, a first SIGINT or SIGTERM only appends its number to the list that this yields, so that what is at hand
+    can be saved, and prints the notice; another one is handled by `second`, by default it ends the process at once."""
     received = []
 
     def note(number, frame):
-        if received:
-            raise KeyboardInterrupt
         received.append(number)
+        for each in before:
+            signal.signal(each, second)
+        if notice:
+            print(f"\n{notice}", file=sys.stderr)
 
     before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
@@ -58,6 +62,22 @@ def deferred_signals():
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+class Stopped(Exception):
+    """Of a run that a signal ends: between two steps, or in the attack of one that is given up."""
+
+
+def stoppable(forward, stop):
+    """`forward`, a callable x -> logits, that raises Stopped once `stop` is filled: on a CPU an attack may take
+    minutes, and none of it is kept. Of several processes none may leave the others: there it is `forward` itself."""
+
+    def checked(x):
+        if stop:
+            raise Stopped
+        return forward(x)
+
+    return checked if cli.rank_and_world()[1] == 1 else forward
 
 
 def save_run(state, out_dir):
@@ -154,17 +174,19 @@ class Run:
             save_run(self.checkpoint(), self.args.out_dir)
         self.saved, self.saved_step = time.perf_counter(), self.step
 
-    def interrupted(self, stop):
-        """Between two steps: whether to stop; saves then, and every --save-minutes. Shows how the epoch goes."""
+    def pause(self, stop):
+        """Between two steps: shows how the epoch goes, saves every --save-minutes, raises Stopped if `stop` is filled.
+        """
         if self.step % READ_EVERY[self.device.type] and not (stop and self.world == 1):
-            return False  # several must agree on when to ask
+            return  # several must agree on when to ask
         if self.step % self.steps_per_epoch:
             self.show()
         late = time.perf_counter() - self.saved > 60 * self.args.save_minutes
         stop_now, save_now = cli.any_process(stop, late)
-        if stop_now or save_now:
+        if stop_now:
+            raise Stopped
+        if save_now:
             self.save()
-        return stop_now
 
     def show(self):
         """The epoch so far on the bar; raises FloatingPointError if its loss is not finite."""
@@ -205,7 +227,7 @@ class Run:
             if is_best:
                 checkpoints.save(self.checkpoint() | {"optimizer": None}, pathlib.Path(self.args.out_dir, "best.pt"))
             write_log(self.args.out_dir, self.rows)
-            self.bar.write(summary(self.rows, not standard and self.args.epochs / 3, len(self.classes)))
+            self.bar.write(summary(self.rows, self.args, len(self.classes)))
         self.epoch_start, self.epoch_first_step = time.perf_counter(), self.step
         self.save()
 
@@ -287,16 +309,17 @@ def epoch_row(args, sums, steps):
             "share_made_easier": easier / sampled if sampled else None}
 
 
-def summary(rows, warm_up, num_classes):
-    """The lines on the screen at the end of an epoch. warm_up: after which epoch a robust accuracy that stays at
-    guessing is worth a warning; False for never."""
+def summary(rows, args, num_classes):
+    """The lines on the screen at the end of an epoch; with a warning if a robust accuracy stays at guessing after a
+    third of the epochs."""
     row = rows[-1]
     parts = [f"epoch {row['epoch']}", f"lr {row['lr']:.4g}", f"loss {row['train_loss']:.4f}"]
     for name in ("natural", "robust"):
         if row[f"val_{name}_accuracy"] is not None:
             parts.append(f"val {name} {row[f'val_{name}_accuracy']:.2%}")
-    line = "  ".join(parts + [f"{row['images_per_s']:.0f} img/s"])
-    late = [row["val_robust_accuracy"] for row in rows[-3:] if row["epoch"] > warm_up]
-    if warm_up is not False and len(late) == 3 and None not in late and max(late) <= 1.05 / num_classes:
+    left = cli.duration((args.epochs - row["epoch"]) * row["seconds"] / 60)
+    line = "  ".join([*parts, f"{row['images_per_s']:.0f} img/s", f"{left} left"])
+    late = [row["val_robust_accuracy"] for row in rows[-3:] if row["epoch"] > args.epochs / 3]
+    if args.defense != "standard" and len(late) == 3 and None not in late and max(late) <= 1.05 / num_classes:
         line += "\nwarning: the robust accuracy has been at chance for three epochs: is the learning rate too high?"
     return line

@@ -49,6 +49,7 @@ DEFAULTS = {
     "recipe rst": dict(arch="wrn-28-10", epochs=200, batch_size=256, lr_schedule="cosine", nesterov=True, lr=0.1,
                        weight_decay=5e-4, epsilon="0.031", step_size="0.007", val_size=0),
 }
+SMALLER = "needs a GPU; to try it here: --dataset digits, or --arch wrn-16-2 --epochs 4 --limit-train 10000"
 FREE_ON_RESUME = ("out_dir", "data_dir", "device", "save_minutes")  # these do not alter the result
 
 
@@ -190,8 +191,7 @@ def training_passes(run, train_set):
     args = run.args
     x = data.to_float(train_set.images[torch.arange(args.batch_size // run.world) % len(train_set.labels)])
     passes = (run.total_steps - run.step) * (2 if args.defense == "standard" else args.num_steps + 4)
-    train_passes = 1 + (args.defense in ("trades", "mart"))
-    eager, fast = cli.forward_passes(args, run.model, x, passes, train_passes)
+    eager, fast = cli.forward_passes(args, run.model, x, passes, 1 + (args.defense in ("trades", "mart")), SMALLER)
     both = models.BothPasses(run.model, fast)
     if run.world > 1:
         both = torch.nn.parallel.DistributedDataParallel(both, broadcast_buffers=False)
@@ -205,8 +205,7 @@ def training_batch(args, train_set, indices, step):
     x = data.augment(images, rng, train_set.mirror)
     start = attacks.start_perturbation(args.random_start, x, float(Fraction(args.epsilon)), rng)
     rank, world = cli.rank_and_world()
-    mine = slice(rank * args.batch_size // world, (rank + 1) * args.batch_size // world)
-    return x[mine], y[mine], start[mine]
+    return tuple(drawn.chunk(world)[rank] for drawn in (x, y, start))  # of equal size, as main checks
 
 
 def inner_maximisation(model, fast, x, y, start, args):
@@ -237,27 +236,28 @@ def outer_minimisation(both_passes, optimizer, x, x_adv, y, args):
 
 
 def train(args, state, train_set, val_set, device, stop=()):
-    """The run from its first step, or from the checkpoint `state`, to its end or to the step in which `stop` fills.
+    """The run from its first step, or from the checkpoint `state`, to its end, or until `stop` is filled.
     Rank 0 writes into args.out_dir. Returns whether the run is complete."""
     torch.manual_seed(args.seed)  # for the initial weights; every later draw is a function of (seed, step)
     model = models.build_model(args.arch, len(train_set.classes)).to(device)
     run = rundir.Run(args, model, build_optimizer(model, args), train_set, state)
     eager, fast, both_passes = training_passes(run, train_set)
-    with run.prepare_directory(state):
+    with run.prepare_directory(state), contextlib.suppress(rundir.Stopped):
         for epoch in range(run.step // run.steps_per_epoch, args.epochs):
             order = data.batches(len(train_set.labels), args.batch_size, args.seed, epoch, aux_images(args)).to(device)
             for indices in order[run.step % run.steps_per_epoch :]:
-                if run.interrupted(stop):
-                    return False
+                run.pause(stop)
                 run.set_rate(learning_rate(args, epoch + 1, run.step / run.total_steps))
                 x, y, start = training_batch(args, train_set, indices, run.step)
-                x_adv = inner_maximisation(model, fast, x, y, start, args)
+                x_adv = inner_maximisation(model, rundir.stoppable(fast, stop), x, y, start, args)
                 shares = rundir.sampled_shares(run, eager, x, x_adv, y)  # of the model that was attacked
                 loss, logits_nat, logits_adv = outer_minimisation(both_passes, run.optimizer, x, x_adv, y, args)
                 cli.broadcast_buffers(model)
                 run.count(torch.cat([rundir.tally(loss, logits_nat, logits_adv, y), shares]))
             run.end_epoch(fast, val_set)
-    return True
+        return True
+    run.save()
+    return False
 
 
 def main(argv=None):
@@ -281,14 +281,14 @@ def main(argv=None):
             cli.barrier()  # all have looked before one writes
         except (ValueError, OSError) as error:
             parser.error(error)
-        stop = stack.enter_context(rundir.deferred_signals())
+        stop = stack.enter_context(rundir.deferred_signals(rundir.STOPPING if rank == 0 else ""))
         try:
             complete = train(args, state, train_set.to(device), val_set.to(device), device, stop)
         except (FloatingPointError, *cli.FAULTS) as error:
             sys.exit(f"{parser.prog}: {error}; {rundir.describe_checkpoints(args.out_dir)}")
         if rank == 0 and complete:
-            best = "best.pt" if args.val_size else "last.pt"
-            print("python eval_attacks.py --model-path", shlex.quote(f"{args.out_dir}/{best}"))
+            best = f"{args.out_dir}/{'best' if args.val_size else 'last'}.pt"
+            print(f"python eval_attacks.py --model-path {shlex.quote(best)}")
         elif rank == 0:
             print("stopped and saved; go on with\npython train_cifar.py --resume --out-dir", shlex.quote(args.out_dir))
         if not complete:

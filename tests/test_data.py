@@ -199,6 +199,15 @@ def test_real_cifar10(cifar_dir):
     assert train.labels[:5].tolist() == [6, 9, 9, 4, 1]  # frog, truck, truck, deer, automobile
     assert test.labels[:5].tolist() == [3, 8, 8, 0, 6]  # cat, ship, ship, airplane, frog
     assert train.images[0, :, 0, 0].tolist() == [59, 62, 63]
+    first = data.load("cifar10-first4", cifar_dir)
+    assert first.classes == ["airplane", "automobile", "bird", "cat"] and first.labels.bincount().tolist() == [5000] * 4
+    assert first.labels[:3].tolist() == [1, 1, 2] and torch.equal(first.images[0], train.images[4])
+
+
+@pytest.mark.parametrize("name", ["cifar10-first1", "cifar10-first", "digits-first4", "cifar10-first4x"])
+def test_no_such_first_classes(name):
+    with pytest.raises(ValueError, match="unknown data set"):
+        data.load(name)
 
 
 def test_foolboxs_sample_images_are_the_first_test_images(cifar_dir):

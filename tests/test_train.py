@@ -5,8 +5,11 @@ import copy
 import csv
 import json
 import math
+import pathlib
 import resource
 import signal
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -306,7 +309,7 @@ def test_a_finished_run_may_be_resumed_again(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("number, status", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_a_signal_finishes_the_step_saves_and_says_how_to_go_on(tmp_path, monkeypatch, capsys, number, status):
+def test_a_signal_gives_up_the_step_saves_and_says_how_to_go_on(tmp_path, monkeypatch, capsys, number, status):
     argv = ["--defense", "madry", *TINY]
     train_cifar.main([*argv, "--out-dir", str(tmp_path / "whole")])
     real, calls = data.augment, []
@@ -322,13 +325,27 @@ def test_a_signal_finishes_the_step_saves_and_says_how_to_go_on(tmp_path, monkey
     with pytest.raises(SystemExit) as exit_info:
         train_cifar.main([*argv, "--out-dir", str(tmp_path / "cut")])
     assert exit_info.value.code == status and len(calls) == 2
-    command = capsys.readouterr().out.strip().splitlines()[-1]
+    out, err = capsys.readouterr()
+    assert rundir.STOPPING in err
+    command = out.strip().splitlines()[-1]
     assert command == f"python train_cifar.py --resume --out-dir {tmp_path / 'cut'}"
-    assert checkpoints.load(tmp_path / "cut/last.pt")["step"] == 2
+    assert checkpoints.load(tmp_path / "cut/last.pt")["step"] == 1  # the attack of the second was given up
     train_cifar.main(command.split()[2:])
     whole, cut = (checkpoints.load(tmp_path / run / "last.pt")["state_dict"] for run in ("whole", "cut"))
     assert all(torch.equal(whole[key], cut[key]) for key in whole)
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
+def test_a_second_signal_ends_the_process_at_once():
+    code = """import signal, rundir
+with rundir.deferred_signals("stopping") as received:
+    signal.raise_signal(signal.SIGINT)
+    print(received, flush=True)
+    signal.raise_signal(signal.SIGINT)
+    print("still there")"""
+    folder = pathlib.Path(rundir.__file__).parent
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=folder)
+    assert (done.returncode, done.stdout, done.stderr) == (-signal.SIGINT, "[2]\n", "\nstopping\n")
 
 
 def test_a_full_disk_keeps_the_last_checkpoint_and_says_so(tmp_path, monkeypatch):
@@ -444,14 +461,18 @@ def test_the_work_by_which_compile_auto_decides(defense, passes, tmp_path, monke
     assert asked == [2 * 3 * passes]  # epochs, steps of each
 
 
-@pytest.mark.parametrize("values, warm_up, warned", [
-    ((0.1, 0.1, 0.09, 0.1, 0.1, 0.1), 2, True), ((0.1, 0.1, 0.09, 0.1), 3, False), ((0.1,) * 4, False, False),
-    ((0.1, 0.1, 0.1, 0.1, 0.3, 0.1), 2, False), ((None,) * 6, 2, False),
+@pytest.mark.parametrize("values, epochs, defense, warned", [
+    ((0.1, 0.1, 0.09, 0.1, 0.1, 0.1), 6, "mart", True), ((0.1, 0.1, 0.09, 0.1), 9, "mart", False),
+    ((0.1,) * 4, 4, "standard", False), ((0.1, 0.1, 0.1, 0.1, 0.3, 0.1), 6, "mart", False),
+    ((None,) * 6, 6, "mart", False),
 ])
-def test_robust_accuracy_at_chance_is_warned_about(values, warm_up, warned):
-    rows = [{"epoch": i, "lr": 0.1, "train_loss": 2.0, "images_per_s": 50.0, "val_natural_accuracy": 0.2,
+def test_robust_accuracy_at_chance_is_warned_about(values, epochs, defense, warned):
+    rows = [{"epoch": i, "lr": 0.1, "train_loss": 2.0, "images_per_s": 50.0, "val_natural_accuracy": 0.2, "seconds": 90,
              "val_robust_accuracy": value} for i, value in enumerate(values, start=1)]
-    assert ("at chance" in rundir.summary(rows, warm_up, 10)) == warned
+    text = rundir.summary(rows, argparse.Namespace(epochs=epochs, defense=defense), 10)
+    assert ("at chance" in text) == warned
+    left = {0: "0 seconds left", 5: "8 minutes left"}[epochs - len(rows)]
+    assert f"50 img/s  {left}" in text
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, monkeypatch):
