@@ -214,9 +214,11 @@ def forward_passes(args, model, x, passes, train_passes=0, too_long=None):
     args.precision, why = agreed(pick_precision(args.precision, x.device))
     eager = forward_pass(model, args.precision)
     args.compile, why_compile = agreed(pick_compile(args.compile, model, eager, x, passes, too_long))
+    if rank_and_world()[0] == 0:  # before compiling, which takes minutes for a large model
+        print(f"precision {args.precision}: {why}\ncompile {args.compile}: {why_compile}", flush=True)
     forward, args.compile, words = fast_pass(model, eager, x, args.compile, train_passes)
-    if rank_and_world()[0] == 0:
-        print(f"precision {args.precision}: {why}\ncompile {args.compile}: {'; '.join([why_compile, *words])}")
+    if rank_and_world()[0] == 0 and words:
+        print(f"compile {args.compile}: {'; '.join(words)}")
     return eager, forward
 
 

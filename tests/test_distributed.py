@@ -108,7 +108,7 @@ def test_a_compiled_pass_changes_nothing_and_is_used_by_all_or_none(tmp_path):
         for name, tensor in weights["observe"].items():
             assert torch.equal(weights[mode][name], tensor), (mode, name)
     assert "compile on: as asked" in said["traced"]
-    assert "compile off: as asked; torch.compile failed in another process" in said["half-compiled"]
+    assert "compile off: torch.compile failed in another process" in said["half-compiled"]
 
 
 @pytest.mark.slow
