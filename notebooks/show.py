@@ -212,7 +212,7 @@ def spat_figure(summary, logs, title, paper=False):
     for all images where the attack saw fewer; and the share of training images on which smoothing acts, from the
     log.csv in the folder results/LOGS."""
     pairs, attacks, found = spat_comparisons(summary)
-    attacks = [attack for attack in attacks if attack != "CW-inf κ 0"]  # it is within 0.1 points of κ 50
+    attacks = [attack for attack in attacks if attack != "CW-inf κ 0"]  # the table has it
     accuracies = {attack: {row["row"]: {int(seed): value for seed, value in row["accuracies"].items()}
                            for row in summary["rows"] if row["attack"] == attack} for attack in attacks}
     figure, axes = plt.subplots(2, (len(attacks) + 2) // 2, figsize=(8.5, 5), dpi=100, layout="constrained")
