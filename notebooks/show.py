@@ -14,8 +14,19 @@ sys.path.insert(0, str(ROOT))
 
 os.environ.setdefault("GIT_PYTHON_REFRESH", "quiet")  # foolbox imports GitPython, which wants the git binary
 
+import compare  # noqa: E402
 import data  # noqa: E402
 import models  # noqa: E402
+
+BLUE, VERMILLION, GREEN = "#0072B2", "#D55E00", "#009E73"  # of Okabe and Ito, told apart by the colour-blind too
+BY_FAR = 0.05  # of two trainings: five times what a second seed moved SPAT's difference in PGD-20
+NAMES = {"standard": "standard", "madry": "Madry", "madry-spat0.2": "Madry + SPAT 0.2", "trades": "TRADES",
+         "trades-spat0": "TRADES, CE inside", "trades-spat0.1": "TRADES + SPAT 0.1", "mart": "MART",
+         "mart-spat0.3": "MART + SPAT 0.3"}
+PAIRS = {("madry", "madry-spat0.2"): "SPAT in Madry", ("trades", "trades-spat0.1"): "SPAT in TRADES",
+         ("trades", "trades-spat0"): "of which CE for KL", ("trades-spat0", "trades-spat0.1"): "of which smoothing",
+         ("mart", "mart-spat0.3"): "SPAT in MART"}
+SMOOTHED = {"madry-spat0.2": ("o-", BLUE), "trades-spat0.1": ("s--", VERMILLION), "mart-spat0.3": ("^:", GREEN)}
 
 
 def pictures(indices, live=False, data_dir="data"):
@@ -88,26 +99,43 @@ def rows(found):
     return {row["name"]: row for row in found["attacks"]}
 
 
-def evaluate(path, data_dir, num_images, *flags):
+def shares(path):
+    """Of each epoch in a log.csv of results/, the share of training images with p_y > 1 - α."""
+    return np.genfromtxt(ROOT / "results" / path, delimiter=",", names=True)["share_p_y_above_1_minus_alpha"]
+
+
+class NotThere(Exception):
+    """Shown in a notebook as its one line."""
+
+    def _render_traceback_(self):
+        return [str(self)]
+
+
+def evaluate(path, data_dir, num_images, *flags, made_by=""):
     """The result of eval_attacks.py for a model file, both paths from the repository's root."""
     import eval_attacks
 
+    if not (ROOT / path).exists():
+        raise NotThere(f"{path} is not there" + f"; it is made by: {made_by}" * bool(made_by))
     return eval_attacks.main(["--model-path", str(ROOT / path), "--data-dir", str(ROOT / data_dir),
                               "--num-images", str(num_images), *flags])
 
 
 def points(difference):
-    """compare.py's difference in points, with its 95 % interval: "+0.36 (-0.16 to +0.88)"."""
+    """A difference in points, with its 95 % interval: "+0.36 (-0.16 to +0.88)"."""
+    return compare.in_words(difference).split(" | ")[0]
+
+
+def verdict(difference, fixed_model=False):
+    """What a paired difference says of a statement that it is above 0. Its interval is about the test images; two
+    trainings, one run each, differ by their seed too."""
     low, high = difference["interval"]
-    return f"{100 * difference['difference']:+.2f} ({100 * low:+.2f} to {100 * high:+.2f})"
-
-
-def verdict(differences):
-    """"confirmed" if all these differences lie above 0 with their intervals, "contradicted" if one lies below, or
-    "undecided"."""
-    if all(d["interval"][0] > 0 for d in differences):
-        return "confirmed"
-    return "contradicted" if any(d["interval"][1] < 0 for d in differences) else "undecided"
+    if low <= 0 <= high:
+        return "not told from 0"
+    above = difference["difference"] > 0
+    if fixed_model or abs(difference["difference"]) > BY_FAR:
+        return "replicated" if above else "refuted"
+    return "same sign, one run" if above else "other sign, one run"
 
 
 def band(ax, x, rows, label, **style):
@@ -115,3 +143,96 @@ def band(ax, x, rows, label, **style):
     low, high = 100 * np.array([row["interval"] for row in rows]).T
     line, = ax.plot(x, [100 * row["accuracy"] for row in rows], label=label, **style)
     ax.fill_between(x, low, high, color=line.get_color(), alpha=0.25, linewidth=0)
+
+
+def seeds_of(summary):
+    """"one seed", "20 seeds", or "19 to 20 seeds": what the comparisons of a summary (compare.summarise) are over."""
+    found = [len(c["seeds"]) for c in summary["comparisons"]]
+    ends = " to ".join(map(str, sorted({min(found), max(found)})))
+    return "one seed" if ends == "1" else f"{ends} seeds"
+
+
+def spat_comparisons(summary):
+    """(those of PAIRS that a summary has, its attacks, {(pair, attack): comparison})."""
+    found = {((c["a"], c["b"]), c["attack"]): c for c in summary["comparisons"]}
+    return [pair for pair in PAIRS if any(pair == of for of, _ in found)], list(
+        dict.fromkeys(attack for _, attack in found)), found
+
+
+def spat_table(summary):
+    """The differences of PAIRS in points, a line an attack; * where Holm's p is below 0.05."""
+    pairs, attacks, found = spat_comparisons(summary)
+    lines = [f"{'':<22}" + "".join(f"{PAIRS[pair]:<26}" for pair in pairs)]
+    for attack in attacks:
+        of = [found[pair, attack] for pair in pairs]
+        estimated = all(c["all_images"] for c in of)
+        name = attack.split("-")[0] + f", first {of[0]['images']:,}" if estimated else attack
+        lines.append(f"{name:<22}" + "".join(f"{points(c) + '*' * (c['p_holm'] < 0.05):<26}" for c in of))
+        if estimated:
+            lines.append(f"{'  estimated for all':<22}" + "".join(f"{points(c['all_images']):<26}" for c in of))
+    return "\n".join(line.rstrip() for line in lines)
+
+
+def spat_panel(ax, comparisons, accuracies, paper):
+    """A row for each comparison: the difference with its interval, and each seed's. accuracies: {row: {seed: value}}"""
+    for y, c in enumerate(comparisons):
+        if several := len(c["seeds"]) > 1:
+            of_seeds = [100 * (accuracies[c["b"]][seed] - accuracies[c["a"]][seed]) for seed in c["seeds"]]
+            ax.plot(of_seeds, [y + 0.25] * len(of_seeds), ".", color=BLUE, alpha=0.5, markersize=4, label="each seed")
+        estimate, label = c["all_images"], "mean of the seeds" if several else "measured"
+        result, fill, label = (estimate, "white", "estimated for all images") if estimate else (c, "black", label)
+        ends = [100 * end for end in result["interval"] or ()]
+        ax.plot(ends, [y] * len(ends), color="black")
+        ax.plot(100 * result["mean" if "mean" in result else "difference"], y, "s" if estimate else "o", color="black",
+                markerfacecolor=fill, markersize=5, label=label)
+        if paper and c["paper"] is not None:
+            ax.plot(c["paper"], y - 0.3, "x", color=VERMILLION, markersize=5, label="paper (WRN-34-10)")
+    ax.axvline(0, color="black", linewidth=0.8, linestyle=":")
+    ax.set(ylim=(len(comparisons) - 0.5, -0.5), yticks=range(len(comparisons)))
+    ax.tick_params(labelleft=False)
+    ax.grid(axis="x", alpha=0.3)
+
+
+def share_panel(ax, logs):
+    """The share of training images with p_y > 1 - α over the epochs. logs: {row: log.csv of each seed}"""
+    for row, (style, color) in SMOOTHED.items():
+        if row in logs:
+            course = 100 * np.array([shares(path) for path in logs[row]])
+            epochs = range(1, course.shape[1] + 1)
+            ax.plot(epochs, course.mean(0), style, color=color, markersize=4, label=NAMES[row])
+            ax.fill_between(epochs, course.min(0), course.max(0), color=color, alpha=0.2, linewidth=0)
+    ax.set_ylim(0, max(5, ax.get_ylim()[1]))  # so that less than 1 % looks like little
+    ax.set_xlabel("epoch", fontsize=9)
+    ax.set_title("p_y > 1 - α, % in training", fontsize=9)
+    ax.grid(alpha=0.3)
+
+
+def spat_figure(summary, logs, title, paper=False):
+    """What SPAT changes: a panel an attack with the differences of PAIRS in a summary (compare.summarise), estimated
+    for all images where the attack saw fewer; and the share of training images on which smoothing acts, from the
+    log.csv in the folder results/LOGS."""
+    pairs, attacks, found = spat_comparisons(summary)
+    attacks = [attack for attack in attacks if attack != "CW-inf κ 0"]  # the table has it
+    accuracies = {attack: {row["row"]: {int(seed): value for seed, value in row["accuracies"].items()}
+                           for row in summary["rows"] if row["attack"] == attack} for attack in attacks}
+    figure, axes = plt.subplots(2, (len(attacks) + 2) // 2, figsize=(8.5, 5), dpi=100, layout="constrained")
+    *panels, last = axes.flat
+    for ax, attack in zip(panels, attacks, strict=False):
+        if ax is not panels[0]:
+            ax.sharex(panels[0])
+        c = found[pairs[0], attack]
+        spat_panel(ax, [found[pair, attack] for pair in pairs], accuracies[attack], paper)
+        ax.set_title(f"{attack.split('-')[0]} (first {c['images']:,})" if c["all_images"] else attack, fontsize=9)
+    for ax in axes[:, 0]:
+        ax.set_yticks(range(len(pairs)), [PAIRS[pair] for pair in pairs])
+        ax.tick_params(labelleft=True)
+    for ax in axes[-1, :-1]:
+        ax.set_xlabel("points of accuracy", fontsize=9)
+    share_panel(last, {row: [f"{logs}/{row}" + f"-s{seed}" * (seed != 1) + ".log.csv" for seed in of_seeds]
+                       for row, of_seeds in accuracies[attacks[0]].items()})
+    seeds, images = seeds_of(summary), found[pairs[0], attacks[0]]["images"]
+    bars = "intervals over the images" if seeds == "one seed" else "t-intervals over the seeds"
+    figure.suptitle(f"{title}: {seeds}, {images:,} test images; bars: 95 % {bars}", fontsize=10)
+    legend = {label: handle for ax in axes.flat for handle, label in zip(*ax.get_legend_handles_labels(), strict=True)}
+    figure.legend(legend.values(), legend.keys(), loc="outside lower center", ncols=4, fontsize=8)
+    return figure
