@@ -106,8 +106,9 @@ def method(rows, shown, level, name, note):
     """One image under two attacks: the image, from there a row of pictures for each attack, and p_y over the steps.
     rows: {heading, of which the first word names the attack: (iterates (T + 1, 3, H, W), p_y (T + 1,))}; shown: the
     steps with a picture; level: 1 - α; name: of the true class."""
-    figure = plt.figure(figsize=(9, 4.4), dpi=110, layout="constrained")
-    cells = figure.add_gridspec(2, len(shown) + 3, width_ratios=[1, 0.1] + [1] * len(shown) + [2.3])
+    figure = plt.figure(figsize=(9.4, 4), dpi=110)
+    cells = figure.add_gridspec(2, len(shown) + 4, width_ratios=[1, 0.05] + [1] * len(shown) + [0.15, 2.3],
+                                left=0, right=1, bottom=0.1, top=0.95, wspace=0.07, hspace=0.42)
     clean, curve = figure.add_subplot(cells[:, 0]), figure.add_subplot(cells[:, -1])
 
     def picture(ax, image, p_y, when, color):
@@ -124,9 +125,8 @@ def method(rows, shown, level, name, note):
             picture(ax, iterates[step], p_y[step], f"step {step}", color)
             if column == 0:
                 arrow = dict(arrowstyle="-|>", color=color, linewidth=2)
-                for text in (ax.text(0, 1.06, heading, transform=ax.transAxes, color=color, weight="bold"),
-                             ax.annotate("", (0, 0.5), (1, 0.7 - 0.4 * row), "axes fraction", clean.transAxes, arrow)):
-                    text.set_in_layout(False)
+                ax.annotate("", (0, 0.5), (1, 0.7 - 0.4 * row), "axes fraction", clean.transAxes, arrow)
+                ax.text(0, 1.06, heading, transform=ax.transAxes, color=color, weight="bold")
         curve.plot(p_y, color=color, marker=marker, markevery=list(shown), linewidth=2, linestyle=line)
         curve.annotate(heading.split()[0], (len(p_y) - 1, p_y[-1]), (0, 8), textcoords="offset points", color=color,
                        weight="bold", ha="right")
@@ -138,8 +138,7 @@ def method(rows, shown, level, name, note):
     curve.margins(y=0.12)
     curve.set(xlabel="step", ylim=(0, None), xlim=(0, len(p_y) - 0.5), xticks=range(0, len(p_y), 5))
     curve.grid(alpha=0.3)
-    figure.supxlabel(note, fontsize=9)
-    figure.get_layout_engine().set(hspace=0.16)
+    figure.text(0.5, -0.05, note, ha="center", va="top", fontsize=9)
     return figure
 
 
