@@ -321,7 +321,8 @@ def test_two_real_cells_killed_three_times_end_as_those_left_alone(tmp_path):
         folder.mkdir()
         for kill in kills:
             first = start(TABLE3, TWO, cwd=folder)
-            time.sleep(random.uniform(5, 20))
+            wait_for(lambda: any(killed.glob("runs/*/*/last.pt")))  # from then on there is something to resume
+            time.sleep(random.uniform(0, 15))
             children = pathlib.Path(f"/proc/{first.pid}/task/{first.pid}/children").read_text().split()
             first.kill()
             for child in children if kill == "all" else ():
