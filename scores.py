@@ -228,7 +228,7 @@ def table(result):
     if paper and "," not in epsilon and Fraction(epsilon) == Fraction(8, 255):
         names = ("Natural", "FGSM", "PGD-20", "CW-inf")
         row = "  ".join(f"{name} {value:.2f}" for name, value in zip(names, paper, strict=True))
-        lines.append("paper, Table 3 (WRN-34-10): " + row)
+        lines.append("paper, Table 3, the same method on WRN-34-10: " + row)
     return "\n".join(lines)
 
 

@@ -284,6 +284,8 @@ def spat_figure(summary, logs, title, paper=False):
         c = found[pairs[0], attack]
         spat_panel(ax, [found[pair, attack] for pair in pairs], accuracies[attack], paper)
         ax.set_title(f"{attack.split('-')[0]} (first {c['images']:,})" if c["all_images"] else attack, fontsize=9)
+    for ax in panels[len(attacks):]:
+        ax.set_axis_off()
     for ax in axes[:, 0]:
         ax.set_yticks(range(len(pairs)), [PAIRS[pair] for pair in pairs])
         ax.tick_params(labelleft=True)
