@@ -19,7 +19,7 @@ import data  # noqa: E402
 import models  # noqa: E402
 
 BLUE, VERMILLION, GREEN = "#0072B2", "#D55E00", "#009E73"  # of Okabe and Ito, told apart by the colour-blind too
-BY_FAR = 0.05  # of two trainings: five times what a second seed moved SPAT's difference in PGD-20
+BY_FAR = 0.05  # of two trainings: twice what a second seed moved a difference at most, five times in PGD-20
 NAMES = {"standard": "standard", "madry": "Madry", "madry-spat0.2": "Madry + SPAT 0.2", "trades": "TRADES",
          "trades-spat0": "TRADES, CE inside", "trades-spat0.1": "TRADES + SPAT 0.1", "mart": "MART",
          "mart-spat0.3": "MART + SPAT 0.3"}
@@ -240,7 +240,9 @@ def spat_panel(ax, comparisons, accuracies, paper):
         if several := len(c["seeds"]) > 1:
             of_seeds = [100 * (accuracies[c["b"]][seed] - accuracies[c["a"]][seed]) for seed in c["seeds"]]
             ax.plot(of_seeds, [y + 0.25] * len(of_seeds), ".", color=BLUE, alpha=0.5, markersize=4, label="each seed")
-        estimate, label = c["all_images"], "mean of the seeds" if several else "measured"
+        if estimate := c["all_images"]:
+            ax.plot(100 * c["mean"], y + 0.3, ".", color="grey", markersize=6, label="on the first images alone")
+        label = "mean of the seeds" if several else "measured"
         result, fill, label = (estimate, "white", "estimated for all images") if estimate else (c, "black", label)
         ends = [100 * end for end in result["interval"] or ()]
         ax.plot(ends, [y] * len(ends), color="black")
@@ -283,13 +285,13 @@ def spat_figure(summary, logs, title, paper=False):
             ax.sharex(panels[0])
         c = found[pairs[0], attack]
         spat_panel(ax, [found[pair, attack] for pair in pairs], accuracies[attack], paper)
-        ax.set_title(f"{attack.split('-')[0]} (first {c['images']:,})" if c["all_images"] else attack, fontsize=9)
+        ax.set_title(f"{attack.split('-')[0]} (from {c['images']:,})" if c["all_images"] else attack, fontsize=9)
     for ax in panels[len(attacks):]:
         ax.set_axis_off()
     for ax in axes[:, 0]:
         ax.set_yticks(range(len(pairs)), [PAIRS[pair] for pair in pairs])
         ax.tick_params(labelleft=True)
-    for ax in axes[-1, :-1]:
+    for ax in panels[:len(attacks)][-axes.shape[1]:]:  # the lowest of each column
         ax.set_xlabel("points of accuracy", fontsize=9)
     share_panel(last, {row: [f"{logs}/{row}" + f"-s{seed}" * (seed != 1) + ".log.csv" for seed in of_seeds]
                        for row, of_seeds in accuracies[attacks[0]].items()})
