@@ -223,7 +223,9 @@ def spat_comparisons(summary):
 def spat_table(summary):
     """The differences of PAIRS in points, a line an attack; * where Holm's p is below 0.05."""
     pairs, attacks, found = spat_comparisons(summary)
-    lines = [f"{'':<22}" + "".join(f"{PAIRS[pair]:<26}" for pair in pairs)]
+    over = "the images of one seed" if seeds_of(summary) == "one seed" else "the seeds"
+    lines = [f"points; *: p < 0.05 over {over}, after Holm's correction over {len(summary['comparisons'])} comparisons",
+             f"{'':<22}" + "".join(f"{PAIRS[pair]:<26}" for pair in pairs)]
     for attack in attacks:
         of = [found[pair, attack] for pair in pairs]
         estimated = all(c["all_images"] for c in of)
