@@ -8,6 +8,7 @@ import json
 import math
 import os
 import pathlib
+import shlex
 import shutil
 import signal
 import sys
@@ -100,6 +101,13 @@ def describe_checkpoints(out_dir):
     """What a failed run leaves to go on from, in words."""
     names = [str(path) for name in ("last.pt", "last.prev.pt") if (path := pathlib.Path(out_dir, name)).exists()]
     return f"the last checkpoints are {' and '.join(names)}" if names else "no checkpoint was written yet"
+
+
+def how_to_go_on(out_dir):
+    """What a stopped run leaves, and the command that goes on, in words."""
+    if not pathlib.Path(out_dir, "last.pt").exists():
+        return "stopped before the first step, nothing to save; the same command starts again"
+    return f"stopped and saved; go on with\npython train_cifar.py --resume --out-dir {shlex.quote(str(out_dir))}"
 
 
 def load_run(out_dir):

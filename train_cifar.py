@@ -236,12 +236,14 @@ def outer_minimisation(both_passes, optimizer, x, x_adv, y, args):
 
 
 def train(args, state, train_set, val_set, device, stop=()):
-    """The run from its first step, or from the checkpoint `state`, to its end, or until `stop` is filled.
-    Rank 0 writes into args.out_dir. Returns whether the run is complete."""
+    """The run from its first step, or from the checkpoint `state`, to its end or until `stop` is filled; written into
+    args.out_dir. Returns whether it is complete."""
     torch.manual_seed(args.seed)  # for the initial weights; every later draw is a function of (seed, step)
     model = models.build_model(args.arch, len(train_set.classes)).to(device)
     run = rundir.Run(args, model, build_optimizer(model, args), train_set, state)
     eager, fast, both_passes = training_passes(run, train_set)
+    if cli.any_process(stop)[0]:  # while compiling, which the signal may have broken: the directory is left as it was
+        return False
     with run.prepare_directory(state), contextlib.suppress(rundir.Stopped):
         for epoch in range(run.step // run.steps_per_epoch, args.epochs):
             order = data.batches(len(train_set.labels), args.batch_size, args.seed, epoch, aux_images(args)).to(device)
@@ -290,7 +292,7 @@ def main(argv=None):
             best = f"{args.out_dir}/{'best' if args.val_size else 'last'}.pt"
             print(f"python eval_attacks.py --model-path {shlex.quote(best)}")
         elif rank == 0:
-            print("stopped and saved; go on with\npython train_cifar.py --resume --out-dir", shlex.quote(args.out_dir))
+            print(rundir.how_to_go_on(args.out_dir))
         if not complete:
             sys.exit(128 + (stop[0] if stop else signal.SIGTERM))
 

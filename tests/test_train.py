@@ -336,6 +336,34 @@ def test_a_signal_gives_up_the_step_saves_and_says_how_to_go_on(tmp_path, monkey
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 
 
+@pytest.mark.parametrize("resumed", [False, True])
+def test_a_signal_while_compiling_leaves_the_directory_as_it_was(tmp_path, monkeypatch, capsys, resumed):
+    """It reaches the compiler too, which fails: a run that went on would be eager to its end."""
+    argv = ["--defense", "madry", *TINY, "--out-dir", str(tmp_path)]
+    if resumed:
+        train_cifar.main(argv)
+        argv = ["--resume", "--out-dir", str(tmp_path), "--compile", "auto"]
+    before = {path: path.read_bytes() for path in tmp_path.glob("[!.]*")}
+    real = cli.forward_passes
+
+    def broken(args, *rest):
+        signal.raise_signal(signal.SIGINT)
+        passes = real(args, *rest)
+        args.compile = "on"  # what came of it, as the real one writes it, is another level now
+        return passes
+
+    monkeypatch.setattr(cli, "forward_passes", broken)
+    with pytest.raises(SystemExit) as exit_info:
+        train_cifar.main(argv)
+    assert exit_info.value.code == 130
+    assert {path: path.read_bytes() for path in tmp_path.glob("[!.]*")} == before
+    says = "go on with\npython train_cifar.py --resume" if resumed else "the same command starts again"
+    assert says in capsys.readouterr().out
+    monkeypatch.setattr(cli, "forward_passes", real)
+    train_cifar.main(argv)
+    assert (tmp_path / "last.pt").exists()
+
+
 def test_a_second_signal_ends_the_process_at_once():
     code = """import signal, rundir
 with rundir.deferred_signals("stopping") as received:
