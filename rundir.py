@@ -103,11 +103,14 @@ def describe_checkpoints(out_dir):
     return f"the last checkpoints are {' and '.join(names)}" if names else "no checkpoint was written yet"
 
 
-def how_to_go_on(out_dir):
-    """What a stopped run leaves, and the command that goes on, in words."""
-    if not pathlib.Path(out_dir, "last.pt").exists():
+def what_next(args, complete):
+    """The last words of a run: the command that evaluates it, or how a stopped one goes on."""
+    if complete:
+        best = f"{args.out_dir}/{'best' if args.val_size else 'last'}.pt"
+        return f"python eval_attacks.py --model-path {shlex.quote(best)}"
+    if not pathlib.Path(args.out_dir, "last.pt").exists():
         return "stopped before the first step, nothing to save; the same command starts again"
-    return f"stopped and saved; go on with\npython train_cifar.py --resume --out-dir {shlex.quote(str(out_dir))}"
+    return f"stopped and saved; go on with\npython train_cifar.py --resume --out-dir {shlex.quote(args.out_dir)}"
 
 
 def load_run(out_dir):

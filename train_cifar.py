@@ -13,7 +13,6 @@ import contextlib
 import functools
 import math
 import pathlib
-import shlex
 import signal
 import sys
 from fractions import Fraction
@@ -288,11 +287,8 @@ def main(argv=None):
             complete = train(args, state, train_set.to(device), val_set.to(device), device, stop)
         except (FloatingPointError, *cli.FAULTS) as error:
             sys.exit(f"{parser.prog}: {error}; {rundir.describe_checkpoints(args.out_dir)}")
-        if rank == 0 and complete:
-            best = f"{args.out_dir}/{'best' if args.val_size else 'last'}.pt"
-            print(f"python eval_attacks.py --model-path {shlex.quote(best)}")
-        elif rank == 0:
-            print(rundir.how_to_go_on(args.out_dir))
+        if rank == 0:
+            print(rundir.what_next(args, complete))
         if not complete:
             sys.exit(128 + (stop[0] if stop else signal.SIGTERM))
 
