@@ -95,9 +95,8 @@ RECIPES = {
     ("table3", "paper"): Recipe(arms(FIVE), FAST, {"": f"last.pt {ALL} {FAST}", "-best": f"best.pt {ALL} {FAST}"}),
     ("table3-cifar100", "cpu"): Recipe(
         arms("madry trades trades-spat0 trades-spat0.1 mart mart-spat0.2", **OF_100), "--dataset {data}/cifar-100-png "
-        f"--arch wrn-10-2 --epochs 6 {RATE} --precision fp32 --compile on",
-        {"": "last.pt --attacks natural fgsm pgd cw --precision fp32 --compile on",
-         "-apgd": f"last.pt {APGD} {EXACT}"}),
+        f"--arch wrn-10-1 --step-size 4/255 --num-steps 3 --val-size 0 --epochs 3 --batch-size 64 {RATE} {EXACT}",
+        {"": f"last.pt --attacks natural fgsm pgd cw {SMALL}"}),
     ("table3-cifar100", "paper"): Recipe(
         arms(FIVE.replace("0.3", "0.2"), **OF_100), f"--dataset cifar100 {FAST}",
         {"": f"last.pt {ALL} {FAST}", "-best": f"best.pt {ALL} {FAST}"}),
