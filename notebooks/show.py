@@ -268,7 +268,8 @@ def share_panel(ax, logs):
             ax.fill_between(epochs, course.min(0), course.max(0), color=color, alpha=0.2, linewidth=0)
     ax.set_ylim(0, max(5, ax.get_ylim()[1]))  # so that less than 1 % looks like little
     ax.set_xlabel("epoch", fontsize=9)
-    ax.set_title("p_y > 1 - α, % in training", fontsize=9)
+    band = ", band: all seeds" if max(map(len, logs.values())) > 1 else " in training"
+    ax.set_title(f"p_y > 1 - α, %{band}", fontsize=9)
     ax.grid(alpha=0.3)
 
 
