@@ -19,13 +19,12 @@ from tqdm import tqdm
 
 import attacks
 import checkpoints
-import cli
 import compare
 import data
 import eval_attacks
 import losses
 import models
-import scores
+import runtime
 
 STEPS = (1, 5, 10, 20, 50, 100)
 RESTARTS = 5
@@ -35,19 +34,19 @@ WIDE_GAP = 0.10  # PGD-20 above APGD; 3.5 to 8.6 points were seen here without o
 
 
 def parse_args(argv=None):
-    parser = cli.Parser(prog="audit.py", description=__doc__)
+    parser = runtime.Parser(prog="audit.py", description=__doc__)
     eval_attacks.add_model_flags(parser, images="256, or all if there are fewer")
     add = parser.add_argument_group("checks").add_argument
-    add("--epsilon", type=cli.ratio, metavar="E", help="radius of the L-inf ball (default: "
+    add("--epsilon", type=runtime.ratio, metavar="E", help="radius of the L-inf ball (default: "
         f"{data.EPSILON['cifar10']}; digits: {data.EPSILON['digits']})")
-    add("--square-queries", type=cli.positive_int, default=1000, metavar="N",
+    add("--square-queries", type=runtime.positive_int, default=1000, metavar="N",
         help="queries of the gradient-free attack")
     add("--autoattack", action="store_true", help="run all of AutoAttack, not APGD-CE and APGD-T only, a third of it")
     add("--oracle", metavar="FILE", help="let this other robust model judge what the attacks preserve; it gets images "
         "in [0, 1]")
-    add("--alphas", nargs="+", type=cli.unit_float, metavar="A", default=[0.0, 0.1, 0.2, 0.4, 0.6, 0.8, 1.0],
+    add("--alphas", nargs="+", type=runtime.unit_float, metavar="A", default=[0.0, 0.1, 0.2, 0.4, 0.6, 0.8, 1.0],
         help="let --oracle judge PGD-LS with each α")
-    add("--seed", type=cli.natural_int, default=0, help="seed of the random starts")
+    add("--seed", type=runtime.natural_int, default=0, help="seed of the random starts")
     eval_attacks.add_machine_flags(parser)
     return parser, parser.parse_args(argv)
 
@@ -62,7 +61,7 @@ class Bench:
     def attacked(self, objective, epsilon=None, num_steps=20, restart=0, **params):
         """x_adv of PGD on the objective as eval_attacks.py runs it: uniform start, step ε/10."""
         epsilon = epsilon or self.args.epsilon
-        attack = scores.make_attack(self.forward, params | {
+        attack = eval_attacks.make_attack(self.forward, params | {
             "objective": objective, "epsilon": epsilon, "step_size": str(Fraction(epsilon) / 10),
             "num_steps": num_steps, "random_start": "uniform", "seed": self.args.seed})
         return self.in_batches(functools.partial(attack, restart=restart))
@@ -287,7 +286,7 @@ def semantics_table(rows):
 def main(argv=None):
     parser, args = parse_args(argv)
     try:
-        device = cli.pick_device(args.device)
+        device = runtime.pick_device(args.device)
         model, info, test, dataset = eval_attacks.load(args)
         attacks.check_autoattack(info["num_classes"])
         oracle = None
@@ -305,17 +304,17 @@ def main(argv=None):
         model, test = model.to(device), test.to(device)
         passes = (sum(STEPS) + 60 * RESTARTS + (200 * len(args.alphas) if oracle else 0)) * len(test.labels)
         x = data.to_float(test.images[:args.batch_size])
-        _, forward = cli.forward_passes(args, model, x, math.ceil(passes / len(x)))
-        result = {"model": scores.describe(info, dataset), "n": len(test.labels), "epsilon": args.epsilon,
-                  "seed": args.seed, "device": scores.device_name(device), "precision": args.precision,
+        _, forward = runtime.forward_passes(args, model, x, math.ceil(passes / len(x)))
+        result = {"model": eval_attacks.describe(info, dataset), "n": len(test.labels), "epsilon": args.epsilon,
+                  "seed": args.seed, "device": eval_attacks.device_name(device), "precision": args.precision,
                   "torch": torch.__version__, "complete": False, "checks": [],
-                  "command": scores.command(parser.prog, argv)}
+                  "command": eval_attacks.command(parser.prog, argv)}
         if oracle:
-            result["oracle"] = scores.describe(oracle_info, dataset)
+            result["oracle"] = eval_attacks.describe(oracle_info, dataset)
         audit(Bench(model, forward, test, args), oracle, result)
     except KeyboardInterrupt:  # what is finished stands in the JSON, marked as incomplete
         sys.exit(130)
-    except cli.FAULTS as error:
+    except runtime.FAULTS as error:
         sys.exit(f"{parser.prog}: {error}")
     return result
 
@@ -330,7 +329,7 @@ def audit(bench, oracle, result):
             result["checks"].append({"name": name, "fine": bool(fine), "numbers": numbers, "words": words})
             bar.write(f"{'ok  ' if fine else 'FLAG'} {name}: {words}")
             bar.update()
-            scores.write(bench.args.json, result)
+            eval_attacks.write(bench.args.json, result)
         result["verdict"] = verdict(result["checks"])
         bar.write("\n".join(result["verdict"]))
         if oracle:
@@ -339,7 +338,7 @@ def audit(bench, oracle, result):
                 result["semantics"] = semantics(bench, oracle, bar.update)
             bar.write(semantics_table(result["semantics"]))
     result["complete"] = True
-    scores.write(bench.args.json, result)
+    eval_attacks.write(bench.args.json, result)
 
 
 if __name__ == "__main__":

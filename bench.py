@@ -22,33 +22,33 @@ from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 import attacks
-import cli
+import eval_attacks
 import losses
 import models
-import scores
+import runtime
 import train_cifar
 
 LEVELS = {"off": "eager", "on": "compiled", "graphs": "graphs"}  # of --compile, each with those before it
 
 
 def parse_args(argv=None):
-    parser = cli.Parser(prog="bench.py", description=__doc__)
+    parser = runtime.Parser(prog="bench.py", description=__doc__)
     add = parser.add_argument
     add("--arch", default="resnet-18", help="(default: resnet-18)")
     add("--defense", choices=("madry", "trades", "mart"), default="mart", help="(default: mart)")
-    add("--batch-size", type=cli.positive_int, default=128, help="of the training step (default: 128)")
-    add("--eval-batch-size", type=cli.positive_int, default=256, help="of the PGD-20 evaluation (default: 256)")
-    add("--num-steps", type=cli.positive_int, default=10, help="of the training attack (default: 10)")
-    add("--eval-steps", type=cli.positive_int, default=20, help="of the evaluation's attack (default: 20)")
-    add("--repeats", type=cli.positive_int, default=5, help="timed repeats, after one that is not counted (default: 5)")
+    add("--batch-size", type=runtime.positive_int, default=128, help="of the training step (default: 128)")
+    add("--eval-batch-size", type=runtime.positive_int, default=256, help="of the PGD-20 evaluation (default: 256)")
+    add("--num-steps", type=runtime.positive_int, default=10, help="of the training attack (default: 10)")
+    add("--eval-steps", type=runtime.positive_int, default=20, help="of the evaluation's attack (default: 20)")
+    add("--repeats", type=runtime.positive_int, default=5, help="timed repeats, after one that is not counted (default: 5)")
     add("--scaling", action="store_true", help="images/s against batch size, width and steps instead of the comparison")
     add("--json", metavar="FILE", help="write the result there (default: no file)")
-    cli.add_runtime_flags(parser, default="auto")
+    runtime.add_runtime_flags(parser, default="auto")
     args = parser.parse_args(argv)
     try:
         models.parse_arch(args.arch)
-        cli.check_output("--json", args.json)
-        args.torch_device = cli.pick_device(args.device)
+        runtime.check_output("--json", args.json)
+        args.torch_device = runtime.pick_device(args.device)
     except ValueError as error:
         parser.error(error)
     return args
@@ -137,9 +137,9 @@ def ours(args, precision, level):
     x, y = batch(args, args.batch_size, torch.channels_last)
     x_eval, y_eval = batch(args, args.eval_batch_size, torch.channels_last)
     pixels = x_eval.mul(255).byte()
-    eager = cli.forward_pass(model, precision)
-    forward, level, words = cli.fast_pass(model, eager, x, level, 1 + (args.defense != "madry"))
-    both = models.BothPasses(model, forward)
+    eager = runtime.forward_pass(model, precision)
+    forward, level, words = runtime.fast_pass(model, eager, x, level, 1 + (args.defense != "madry"))
+    both = runtime.BothPasses(model, forward)
 
     def attack():
         start = attacks.start_perturbation("gaussian", x, 8 / 255)
@@ -154,7 +154,7 @@ def ours(args, precision, level):
 
     def evaluation():
         with models.frozen(model):
-            scores.attacked_logits(model, pixels, y_eval, pgd, args.eval_batch_size)
+            eval_attacks.attacked_logits(model, pixels, y_eval, pgd, args.eval_batch_size)
 
     return {"training step": step, "attack alone": attack, "evaluation": evaluation}, "; ".join([LEVELS[level], *words])
 
@@ -189,7 +189,7 @@ def matrix_product_rate(device, name, size=2048):
     dtype = torch.bfloat16 if name == "bf16" else torch.float32
     a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
     torch.backends.cuda.matmul.allow_tf32 = name == "tf32"
-    rate = 2 * size**3 / cli.seconds(lambda: a @ b, device, repeats=10)
+    rate = 2 * size**3 / runtime.seconds(lambda: a @ b, device, repeats=10)
     torch.backends.cuda.matmul.allow_tf32 = False
     return rate
 
@@ -245,7 +245,7 @@ def compare(args):
             for side, name in times:
                 bar.set_description(f"{side}: {name}")
                 torch.backends.cudnn.allow_tf32 = sides[side][1] == "tf32"
-                seconds = cli.timed(built[side][0][name], args.torch_device)
+                seconds = runtime.timed(built[side][0][name], args.torch_device)
                 if repeat >= warm_up:
                     times[side, name].append(seconds)
                 else:
@@ -280,7 +280,7 @@ def scaling(args):
         point = Namespace(**vars(args) | {"eval_batch_size": 1} | change)
         torch.compiler.reset()  # gives back what the point before it compiled
         work, how = ours(point, args.precision, level)
-        seconds = cli.seconds(work["training step"], args.torch_device, repeats=args.repeats)
+        seconds = runtime.seconds(work["training step"], args.torch_device, repeats=args.repeats)
         rows.append({"varied": what, "value": value, "seconds": seconds, "images_per_s": point.batch_size / seconds,
                      "gflop_per_s": flops(point)["training step"] / seconds / 1e9, "how": how})
     return {"rows": rows, "precision": args.precision, "compile": level}
@@ -308,16 +308,16 @@ def table(result):
 
 def main(argv=None):
     args = parse_args(argv)
-    result = {"device": scores.device_name(args.torch_device), "torch": torch.__version__, "scaling": args.scaling,
-              "command": scores.command("bench.py", argv),
+    result = {"device": eval_attacks.device_name(args.torch_device), "torch": torch.__version__, "scaling": args.scaling,
+              "command": eval_attacks.command("bench.py", argv),
               "settings": {k: v for k, v in vars(args).items() if isinstance(v, str | int)}}
-    args.precision, _ = cli.pick_precision(args.precision, args.torch_device)  # once, for this process and its child
+    args.precision, _ = runtime.pick_precision(args.precision, args.torch_device)  # once, for this process and its child
     with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):  # by default eager code is run, and timed
         result |= scaling(args) if args.scaling else compare(args)
     print(f"{result['device']}, torch {torch.__version__}: {args.arch}, {args.defense}, batch {args.batch_size}, "
           f"PGD-{args.num_steps}; evaluation PGD-{args.eval_steps}, batch {args.eval_batch_size}")
     print(table(result))
-    scores.write(args.json, result)
+    eval_attacks.write(args.json, result)
     return result
 
 

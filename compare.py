@@ -12,8 +12,8 @@ from fractions import Fraction
 
 from scipy import special
 
-import cli
-import scores
+import eval_attacks
+import runtime
 
 
 def paired_difference(a, b, z=1.959964):
@@ -48,7 +48,7 @@ def difference_estimator(a, b, all_a, all_b, z=1.959964):
 def flattery(first, second):
     """Of two results: on how many more images `second` than `first` is right under PGD-20 and wrong in the worst case,
     as paired_difference: so much of a gain under PGD-20 does not reach the worst case."""
-    masks = [{row["name"]: scores.correct_mask(row) for row in result["attacks"]} for result in (first, second)]
+    masks = [{row["name"]: eval_attacks.correct_mask(row) for row in result["attacks"]} for result in (first, second)]
     return paired_difference(*(of["PGD-20"] & ~of["Worst case"] for of in masks))
 
 
@@ -84,7 +84,7 @@ def compare(first, second):
     shared = [name for name in ours if name in theirs and ours[name]["params"] == theirs[name]["params"]]
     if not shared:
         raise ValueError("the two files share no attack with the same parameters")
-    masks = {name: [scores.correct_mask(rows[name]) for rows in (ours, theirs)] for name in shared}
+    masks = {name: [eval_attacks.correct_mask(rows[name]) for rows in (ours, theirs)] for name in shared}
     return {name: paired_difference(*pair) for name, pair in masks.items()}
 
 
@@ -93,7 +93,7 @@ def for_all_images(before, after, attack):
     None. before, after: {attack: its entry in the JSON}."""
     entries = [of[name] for name in (attack, "Worst case") for of in (before, after) if name in of]
     if len(entries) == 4 and entries[0]["n"] < entries[2]["n"]:
-        return difference_estimator(*map(scores.correct_mask, entries))
+        return difference_estimator(*map(eval_attacks.correct_mask, entries))
 
 
 def summarise(found, pairs, paper):
@@ -114,7 +114,7 @@ def summarise(found, pairs, paper):
             both = [(found[a][seed][attack], found[b][seed][attack]) for seed in seeds]
             result = t_interval([after["accuracy"] - before["accuracy"] for before, after in both])
             if len(seeds) == 1:
-                over_images = paired_difference(*map(scores.correct_mask, both[0]))
+                over_images = paired_difference(*map(eval_attacks.correct_mask, both[0]))
                 result |= {key: over_images[key] for key in ("interval", "p")}
             estimates = [for_all_images(found[a][seed], found[b][seed], attack) for seed in seeds]
             all_images = estimates[0] if len(seeds) == 1 or not estimates[0] else t_interval(
@@ -162,7 +162,7 @@ def markdown(summary):
 
 
 def parse_args(argv=None):
-    parser = cli.Parser(prog="compare.py", description=__doc__)
+    parser = runtime.Parser(prog="compare.py", description=__doc__)
     parser.add_argument("a", metavar="A.json")
     parser.add_argument("b", metavar="B.json")
     return parser, parser.parse_args(argv)
@@ -171,7 +171,7 @@ def parse_args(argv=None):
 def main(argv=None):
     parser, args = parse_args(argv)
     try:
-        first, second = scores.read(args.a), scores.read(args.b)
+        first, second = eval_attacks.read(args.a), eval_attacks.read(args.b)
         differences = compare(first, second)
     except ValueError as error:
         parser.error(error)

@@ -9,10 +9,14 @@ The attacks may craft in bf16; the accuracy is always counted in float32 on the 
 
 import contextlib
 import functools
+import json
+import pathlib
 import platform
+import shlex
 import sys
 import time
 from fractions import Fraction
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -20,10 +24,10 @@ from tqdm import tqdm
 
 import attacks
 import checkpoints
-import cli
 import data
+import losses
 import models
-import scores
+import runtime
 
 ATTACKS = ("natural", "fgsm", "pgd", "cw", "pgd-kl", "pgd-ls", "apgd", "autoattack")
 PROTOCOLS = {  # flags that stand for a published evaluation; a typed one wins
@@ -40,18 +44,18 @@ def add_model_flags(parser, images="all"):
     add("--model-path", required=True, metavar="FILE", help="a checkpoint of train_cifar.py, or a released state dict")
     add("--dataset", help="cifar10, cifar100, digits or a folder (default: the one the model was trained on)")
     add("--data-dir", default="data", metavar="DIR", help="where CIFAR is, or is downloaded to")
-    add("--num-images", type=cli.positive_int, metavar="N", help=f"take the first N test images (default: {images})")
+    add("--num-images", type=runtime.positive_int, metavar="N", help=f"take the first N test images (default: {images})")
     add("--arch", help="refuse the file if it holds another architecture (default: take what it holds)")
-    add("--num-classes", type=cli.positive_int, metavar="K",
+    add("--num-classes", type=runtime.positive_int, metavar="K",
         help="refuse the file if it has another number of classes (default: take what it has)")
-    add("--normalize", nargs=2, type=cli.three_numbers, metavar=("MEAN", "STD"),
+    add("--normalize", nargs=2, type=runtime.three_numbers, metavar=("MEAN", "STD"),
         help="how a released model's training images were normalised, such as 0.4914,0.4822,0.4465 "
         "0.2471,0.2435,0.2616 (default: not at all)")
 
 
 def add_machine_flags(parser):
-    add = cli.add_runtime_flags(parser, default="auto").add_argument
-    add("--batch-size", type=cli.positive_int, default=256, metavar="N",
+    add = runtime.add_runtime_flags(parser, default="auto").add_argument
+    add("--batch-size", type=runtime.positive_int, default=256, metavar="N",
         help="images at a time; alters the outcome of apgd and autoattack only")
     add = parser.add_argument_group("output").add_argument
     add("--json", metavar="FILE", help="write the result there, part by part (default: no file)")
@@ -59,28 +63,28 @@ def add_machine_flags(parser):
 
 
 def parse_args(argv=None):
-    parser = cli.Parser(prog="eval_attacks.py", description=__doc__)
+    parser = runtime.Parser(prog="eval_attacks.py", description=__doc__)
     add_model_flags(parser)
     add = parser.add_argument_group("attacks").add_argument
     add("--attacks", nargs="+", choices=ATTACKS, default=["natural", "fgsm", "pgd", "cw"], metavar="ATTACK",
         help=f"which attacks to run, of {', '.join(ATTACKS)}; apgd is APGD-CE and APGD-T, the first half of AutoAttack")
     add("--protocol", choices=PROTOCOLS, default="paper", help="settings to start from; paper: the defaults below; "
         "rst: Table 4's PGD-20 at ε 0.031; rst-restarts: RST's own 40 steps, 5 restarts, broken if any step breaks")
-    add("--epsilon", type=cli.ratio, metavar="E", help="radius of the L-inf ball (default: "
+    add("--epsilon", type=runtime.ratio, metavar="E", help="radius of the L-inf ball (default: "
         f"{data.EPSILON['cifar10']}; digits: {data.EPSILON['digits']})")
-    add("--epsilons", nargs="+", type=cli.ratio, metavar="E", help="run every attack at each of these radii")
-    add("--num-steps", type=cli.positive_int, default=20, metavar="N", help="steps of pgd, pgd-kl and pgd-ls")
-    add("--steps-sweep", nargs="+", type=cli.positive_int, metavar="N", help="run these three with each number of them")
-    add("--cw-steps", type=cli.positive_int, default=30, metavar="N", help="steps of cw")
-    add("--step-size", type=cli.ratio, metavar="S", help="step of pgd, pgd-kl, pgd-ls and cw (default: epsilon / 10)")
+    add("--epsilons", nargs="+", type=runtime.ratio, metavar="E", help="run every attack at each of these radii")
+    add("--num-steps", type=runtime.positive_int, default=20, metavar="N", help="steps of pgd, pgd-kl and pgd-ls")
+    add("--steps-sweep", nargs="+", type=runtime.positive_int, metavar="N", help="run these three with each number of them")
+    add("--cw-steps", type=runtime.positive_int, default=30, metavar="N", help="steps of cw")
+    add("--step-size", type=runtime.ratio, metavar="S", help="step of pgd, pgd-kl, pgd-ls and cw (default: epsilon / 10)")
     add("--random-start", choices=attacks.RANDOM_STARTS, default="uniform", help="where these four start")
-    add("--restarts", type=cli.positive_int, default=1, metavar="R", help="run these four from R starts, each counts")
+    add("--restarts", type=runtime.positive_int, default=1, metavar="R", help="run these four from R starts, each counts")
     add("--any-step", action="store_true", help="count any step that breaks an image, as RST does; crafts in float32")
-    add("--alphas", nargs="+", type=cli.unit_float, metavar="A", help="run pgd-ls, which needs them, with each α")
-    add("--kappas", nargs="+", type=cli.natural_float, metavar="K", default=[50.0],
+    add("--alphas", nargs="+", type=runtime.unit_float, metavar="A", help="run pgd-ls, which needs them, with each α")
+    add("--kappas", nargs="+", type=runtime.natural_float, metavar="K", default=[50.0],
         help="run cw with each confidence κ; one below 1 is crafted in float32")
     add("--pool", action="store_true", help="attack only what the attacks before left standing; the rows accumulate")
-    add("--seed", type=cli.natural_int, default=0, help="seed of the random starts")
+    add("--seed", type=runtime.natural_int, default=0, help="seed of the random starts")
     add("--tf32", action="store_true", help="let what is crafted in float32 use a GPU's TF32; the counting never does")
     add = add_machine_flags(parser)
     add("--save-examples", metavar="FILE", help="write each image's predictions and margins to this .npz")
@@ -111,7 +115,7 @@ def rows_at(epsilon, args):
     base |= {"any_step": True} | fp32 if args.any_step else {}
     rule = (f" x{args.restarts}" if args.restarts > 1 else "") + (" any step" if args.any_step else "")
     official = {"epsilon": epsilon, "version": "standard", "seed": args.seed, "batch_size": args.batch_size}
-    official |= {"processes": world} if (world := cli.rank_and_world()[1]) > 1 else {}
+    official |= {"processes": world} if (world := runtime.rank_and_world()[1]) > 1 else {}
     sweep = [(n, base | {"num_steps": n}) for n in args.steps_sweep or [args.num_steps]]
     return {
         "fgsm": [("FGSM", dict(epsilon=epsilon, objective="ce", step_size=epsilon, num_steps=1, random_start="none"))],
@@ -128,10 +132,10 @@ def rows_at(epsilon, args):
 
 def attack_list(args):
     """The Attacks asked for, radius by radius in the paper's order."""
-    listed = [scores.Attack("Natural", {})] if "natural" in args.attacks else []
+    listed = [Attack("Natural", {})] if "natural" in args.attacks else []
     for epsilon in args.epsilons or [args.epsilon]:
         suffix = f" ε {epsilon}" if args.epsilons else ""
-        listed += [scores.Attack(name + suffix, params) for flag, rows in rows_at(epsilon, args).items()
+        listed += [Attack(name + suffix, params) for flag, rows in rows_at(epsilon, args).items()
                    if flag in args.attacks for name, params in rows]
     if args.pool:
         names = [attack.name for attack in listed]
@@ -142,7 +146,7 @@ def attack_list(args):
 
 def load(args):
     """(model, info, the test images asked for, the data set's name) by the flags above; raises ValueError."""
-    cli.check_output("--json", args.json)
+    runtime.check_output("--json", args.json)
     model, info = checkpoints.load_model(args.model_path, arch=args.arch, num_classes=args.num_classes,
                                          normalize=args.normalize)
     trained_on = info.get("args", {}).get("dataset")
@@ -158,7 +162,7 @@ def load(args):
 def official_attack(model, test, chosen, params, bar):
     """pyautoattack, in float32, on the images of the mask `chosen`: (a function (x, y, indices) -> x_adv that looks its
     results up, {component: the share of all images that stand after it})."""
-    (rank, world), x_adv, after = cli.rank_and_world(), data.to_float(test.images), {}
+    (rank, world), x_adv, after = runtime.rank_and_world(), data.to_float(test.images), {}
     mine = chosen.nonzero()[:, 0][rank::world]
 
     def logits(x):
@@ -172,7 +176,7 @@ def official_attack(model, test, chosen, params, bar):
     x_adv[mine] = attacks.autoattack(
         logits, x_adv[mine], test.labels[mine], epsilon=float(Fraction(params["epsilon"])), seed=params["seed"],
         batch_size=params["batch_size"], components=params["components"], on_component=note)
-    after = {name: cli.sum_over_processes(count).item() / len(test.labels) for name, count in after.items()}
+    after = {name: runtime.sum_over_processes(count).item() / len(test.labels) for name, count in after.items()}
     return (lambda x, y, indices: x_adv[indices]), after
 
 
@@ -187,7 +191,7 @@ def run_attack(attack, forward, images, chosen, tf32, bar):
         images.attack(look_up, chosen, bar.update)
         return {"after": after}
     else:
-        craft, passes = crafting(scores.make_attack(forward, attack.params)), 1 + attack.params["num_steps"]
+        craft, passes = crafting(make_attack(forward, attack.params)), 1 + attack.params["num_steps"]
         for restart in range(attack.params.get("restarts", 1)):
             images.attack(functools.partial(craft, restart=restart), chosen, lambda n: bar.update(n * passes))
             chosen = chosen & images.right()
@@ -196,12 +200,12 @@ def run_attack(attack, forward, images, chosen, tf32, bar):
 
 def crafting_passes(args, model, test, todo):
     """The callables x -> logits that craft: (in args.precision, in float32)."""
-    n, world = len(test.labels), cli.rank_and_world()[1]
+    n, world = len(test.labels), runtime.rank_and_world()[1]
     x = data.to_float(test.images[:min(args.batch_size, -(-n // world))])
     passes = sum(attack.passes for attack in todo if "components" not in attack.params)
-    _, forward = attacks.tf32(args.tf32)(cli.forward_passes)(args, model, x, passes * n / len(x) / world)
+    _, forward = attacks.tf32(args.tf32)(runtime.forward_passes)(args, model, x, passes * n / len(x) / world)
     if (args.tf32 or args.precision != "fp32") and any("precision" in attack.params for attack in todo):
-        return forward, cli.fast_pass(model, cli.forward_pass(model), x, args.compile)[0]
+        return forward, runtime.fast_pass(model, runtime.forward_pass(model), x, args.compile)[0]
     return forward, forward
 
 
@@ -210,7 +214,7 @@ def evaluate(model, test, args, result, device):
     todo, model, test = attack_list(args), model.to(device), test.to(device)
     forward, forward_fp32 = crafting_passes(args, model, test, todo)
     result |= {"precision": args.precision, "tf32": args.tf32, "compile": args.compile}
-    images = scores.AttackedImages(model, test, args.batch_size, args.compile != "off", args.save_images)
+    images = AttackedImages(model, test, args.batch_size, args.compile != "off", args.save_images)
     natural, examples = None, {"labels": test.labels.cpu().numpy()}
     with models.frozen(model), Progress(todo, len(test.labels)) as bar:
         for attack in todo:
@@ -221,24 +225,24 @@ def evaluate(model, test, args, result, device):
             if not attack.params:
                 natural = images.logits
             elif natural is not None and not args.pool:
-                extra |= scores.spat_shares(natural, images.logits, test.labels, attack.params.get("alpha"))
-            row = scores.outcome(attack.name, attack.params, images.right().cpu(), time.perf_counter() - start) | extra
+                extra |= spat_shares(natural, images.logits, test.labels, attack.params.get("alpha"))
+            row = outcome(attack.name, attack.params, images.right().cpu(), time.perf_counter() - start) | extra
             result["attacks"].append(row)
             bar.end(attack, row, len(test.classes))
             if args.save_examples:
                 examples |= images.examples(attack.name)
-            write(args, result, examples)
+            save(args, result, examples)
         if sum(bool(attack.params) for attack in todo) > 1 and not args.epsilons:
-            result["attacks"].append(scores.worst_case(result["attacks"]))
+            result["attacks"].append(worst_case(result["attacks"]))
         result["complete"] = True
-        write(args, result, examples)
+        save(args, result, examples)
 
 
 class Progress(tqdm):
     """A bar over the forward passes of all attacks."""
 
     def __init__(self, todo, n):
-        rank, world = cli.rank_and_world()
+        rank, world = runtime.rank_and_world()
         self.images, self.passes_done = -(-n // world), 0
         super().__init__(total=sum(attack.passes for attack in todo) * self.images, unit="pass", unit_scale=True,
                          dynamic_ncols=True, disable=rank > 0)
@@ -256,39 +260,249 @@ class Progress(tqdm):
                        "(--normalize), or the labels are in another order", file=sys.stderr)
 
 
-def write(args, result, examples):
-    if cli.rank_and_world()[0] == 0:
-        scores.write(args.json, result)
+def save(args, result, examples):
+    if runtime.rank_and_world()[0] == 0:
+        write(args.json, result)
         if args.save_examples:
             checkpoints.write_atomically(args.save_examples, lambda file: np.savez_compressed(file, **examples))
+
+
+class Attack(NamedTuple):
+    """A row of the table: its name, and its parameters as they go into the JSON; {} for the natural images."""
+
+    name: str
+    params: dict
+
+    @property
+    def passes(self):
+        """At most how many forward passes it takes an image."""
+        if "components" in self.params:
+            return 1 + sum(attacks.COMPONENTS[name] for name in self.params["components"])
+        return (1 + self.params.get("num_steps", 0)) * self.params.get("restarts", 1)
+
+
+def make_attack(forward, params):
+    """The function (x, y, indices, restart=0) -> x_adv for parameters as in the JSON."""
+    epsilon = float(Fraction(params["epsilon"]))
+    objective = {
+        "ce": losses.cross_entropy,
+        "kl": losses.kl_divergence,
+        "lsce": functools.partial(losses.lsce, alpha=params.get("alpha", 0.0)),
+        "cw": functools.partial(losses.cw_margin, kappa=params.get("kappa", 50.0)),
+    }[params["objective"]]
+
+    def attack(x, y, indices, restart=0):
+        start = attacks.start_per_image(params["random_start"], x, epsilon, indices, params.get("seed", 0), restart)
+        target = attacks.probabilities(forward, x) if params["objective"] == "kl" else y
+
+        def iterate(model):
+            return attacks.pgd(model, x, target, objective, epsilon=epsilon, random_start=start,
+                               step_size=float(Fraction(params["step_size"])), num_steps=params["num_steps"])
+
+        if params.get("any_step"):
+            return attacks.worst_iterate(iterate, forward, functools.partial(losses.margin, y=y))
+        return iterate(forward)
+
+    return attack
+
+
+def attacked_logits(model, images, labels, attack=None, batch_size=256, progress=lambda n: None, only=None,
+                    examples=None):
+    """The model's float32 logits (N, K) for attacked images: what every accuracy is counted from.
+
+    images: (N, C, H, W) uint8, labels: (N,), both on one device. attack(x, y, indices) -> x_adv, indices being the
+    images' positions, on the CPU; None for the natural images. model scores the final images: give it in float32 and
+    frozen, whatever crafts inside `attack`. only: the positions to attack (default: all), at least one; the rows of
+    the others are zero. Several processes share the work, and each returns the whole. All batches have one size (the
+    last is filled up with images that are not counted), so that compiled code is not compiled twice.
+    progress(n) is called after every n images; examples, zeros like the images in float32, receives the attacked ones.
+    """
+    n, logits, (rank, world) = len(images), None, runtime.rank_and_world()
+    batch_size = min(batch_size, -(-n // world))
+    only = torch.arange(n, device=images.device) if only is None else only
+    mine = only[rank::world]
+    counted, total = len(mine), max(1, -(-len(mine) // batch_size)) * batch_size
+    filled = torch.cat([mine, only.repeat(-(-total // len(only)))])[:total]
+    positions = filled.cpu()  # all at once: to fetch them batch by batch would wait for the GPU each time
+    for done in range(0, total, batch_size):
+        indices = filled[done : done + batch_size]
+        x = data.to_float(images[indices])
+        if attack is not None:
+            x = attack(x, labels[indices], positions[done : done + batch_size])
+        with torch.no_grad():
+            out = model(x).float()
+        logits = out.new_zeros(n, out.shape[1]) if logits is None else logits
+        count = max(0, min(batch_size, counted - done))
+        logits[indices[:count]] = out[:count]
+        if examples is not None:
+            examples[indices[:count]] = x[:count]
+        progress(count)
+    if examples is not None:
+        runtime.sum_over_processes(examples)
+    return runtime.sum_over_processes(logits)
+
+
+class AttackedImages:
+    """The test images as the attacks leave them: of each the logits of its latest version and, with keep, that version.
+    model scores, in float32 and frozen. compiled: whether what crafts was compiled for batches of batch_size."""
+
+    def __init__(self, model, test, batch_size, compiled, keep=False):
+        self.model, self.test, self.batch_size, self.compiled = model, test, batch_size, compiled
+        self.logits = None
+        self.x_adv = data.to_float(test.images) if keep else None
+
+    def attack(self, attack, chosen, progress):
+        """Attack the images of the mask `chosen`, from their natural version; attack: see attacked_logits."""
+        positions = chosen.nonzero()[:, 0]
+        if len(positions) == 0:
+            return
+        world, found = runtime.rank_and_world()[1], None if self.x_adv is None else torch.zeros_like(self.x_adv)
+        batch_size = self.batch_size if self.compiled else min(self.batch_size, -(-len(positions) // world))
+        logits = attacked_logits(self.model, self.test.images, self.test.labels, attack, batch_size, progress,
+                                 positions, found)
+        self.logits = logits if self.logits is None else torch.where(chosen[:, None], logits, self.logits)
+        if found is not None:
+            self.x_adv[chosen] = found[chosen]
+
+    def right(self):
+        """(N,) bool: which are classified correctly; all before the first attack."""
+        if self.logits is None:
+            return torch.ones_like(self.test.labels, dtype=torch.bool)
+        return self.logits.argmax(1) == self.test.labels
+
+    def examples(self, name):
+        """What --save-examples keeps of them after the attack `name`."""
+        kept = {"predictions": self.logits.argmax(1), "margins": losses.margin(self.logits, self.test.labels)}
+        kept |= {} if self.x_adv is None else {"images": self.x_adv}
+        return {f"{what}/{name}": values.cpu().numpy().copy() for what, values in kept.items()}
+
+
+def device_name(device):
+    """"NVIDIA H100 80GB HBM3", or the CPU's model and the number of threads."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name()
+    try:
+        lines = pathlib.Path("/proc/cpuinfo").read_text().splitlines()
+        model = next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        model = platform.processor() or platform.machine()
+    return f"{model}, {torch.get_num_threads()} threads"
+
+
+def command(script, argv):
+    """The command line that a result comes from; argv None: this process's own."""
+    return shlex.join(["python", script, *(sys.argv[1:] if argv is None else argv)])
+
+
+def describe(info, dataset):
+    """What the JSON says of the model."""
+    args = info.get("args", {})
+    return {key: info[key] for key in ("path", "sha256", "arch", "normalize")} | {
+        "dataset": dataset, "defense": args.get("defense"), "spat_alpha": args.get("spat_alpha"),
+        "epochs": info.get("epoch"), "seed": args.get("seed"), "args": args}
+
+
+def wilson(correct, n, z=1.959964):
+    """The 95 % Wilson score interval of a share, as (low, high) in [0, 1]."""
+    p = correct / n
+    middle, half = p + z * z / (2 * n), z * (p * (1 - p) / n + z * z / (4 * n * n)) ** 0.5
+    return (middle - half) / (1 + z * z / n), (middle + half) / (1 + z * z / n)
+
+
+def outcome(name, params, correct_mask, seconds=0.0):
+    """One attack's entry in the JSON, from which images are still classified correctly, (n,) bool."""
+    n, correct = len(correct_mask), int(correct_mask.sum())
+    return {"name": name, "params": params, "n": n, "correct": correct, "accuracy": correct / n,
+            "interval": wilson(correct, n), "seconds": round(seconds, 2),
+            "correct_mask": np.packbits(correct_mask.numpy()).tobytes().hex()}
+
+
+def spat_shares(natural, attacked, y, alpha=None):
+    """More of an attack's entry: the shares of losses.spat_counts, the first for PGD-LS only. Logits are (n, K)."""
+    confident, easier = (losses.spat_counts(natural, attacked, y, alpha or 0.0).double() / len(y)).tolist()
+    return {"share_made_easier": easier} | ({} if alpha is None else {"share_p_y_above_1_minus_alpha": confident})
+
+
+def table(result):
+    """The result as text, for the screen."""
+    model = result["model"]
+    spat = "" if model["spat_alpha"] is None else f" + SPAT (α {model['spat_alpha']:g})"
+    of = model.get("args", {}).get("epochs", model["epochs"])
+    epochs = f"{of} epochs" if model["epochs"] == of else f"epoch {model['epochs']} of {of}"
+    trained = f", {model['defense']}{spat}, {epochs}, seed {model['seed']}" if model["defense"] else ""
+    epsilon = result["epsilon"]
+    exact = [row["name"] for row in result["attacks"] if "after" in row or "precision" in row["params"]]
+    lines = [f"{model['path']}: {model['arch']} on {model['dataset']}{trained}",
+             f"the first {result['n']} test images; attacks at ε {epsilon} crafted in {result['precision']}"
+             + (f", {' and '.join(exact)} in fp32" if exact and result["precision"] != "fp32" else "")
+             + ("" if result["complete"] else "; INCOMPLETE, it was stopped"),
+             "",
+             f"{'attack':<16} {'correct':>13} {'accuracy':>9}   95 % interval   {'seconds':>7}"]
+    for row in result["attacks"]:
+        low, high = row["interval"]
+        lines.append(f"{row['name']:<16} {row['correct']:>6}/{row['n']:<6} {row['accuracy']:>8.2%}   "
+                     f"{100 * low:5.2f} - {100 * high:5.2f}   {row['seconds']:>7.0f}")
+        lines += [f"  after {name:<10} {'':>13} {share:>8.2%}" for name, share in row.get("after", {}).items()]
+    return "\n".join(lines)
+
+
+def correct_mask(row):
+    """The outcome per image, (n,) bool, of an attack's entry in the JSON."""
+    bits = np.frombuffer(bytes.fromhex(row["correct_mask"]), np.uint8)
+    return np.unpackbits(bits)[: row["n"]].astype(bool)
+
+
+def worst_case(rows):
+    """The entry in the JSON of the images that are right in every one of these entries."""
+    masks = [correct_mask(row) for row in rows]
+    return outcome("Worst case", {"of": [row["name"] for row in rows]}, torch.from_numpy(np.logical_and.reduce(masks)))
+
+
+def write(path, result):
+    """The result as a JSON file, or nothing if path is None. OSError if it cannot be written."""
+    if path is not None:
+        checkpoints.write_atomically(path, json.dumps(result, indent=1).encode())
+
+
+def read(path):
+    """A result of eval_attacks.py; raises ValueError if the file is not one."""
+    try:
+        with open(path, encoding="utf-8") as file:
+            result = json.load(file)
+        names = [(row["name"], row["params"], correct_mask(row)) for row in result["attacks"]]
+        if all(len(mask) == result["n"] for _, _, mask in names) and result["model"]["dataset"]:
+            return result
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path}: not a result of eval_attacks.py ({type(error).__name__})") from None
+    raise ValueError(f"{path}: not a result of eval_attacks.py (its masks do not fit its n)")
 
 
 def main(argv=None):
     parser, args = parse_args(argv)
     with contextlib.ExitStack() as stack:
         try:
-            device, rank, _ = stack.enter_context(cli.join_job(args.device))
+            device, rank, _ = stack.enter_context(runtime.join_job(args.device))
             model, info, test, dataset = load(args)
-            cli.check_output("--save-examples", args.save_examples)
+            runtime.check_output("--save-examples", args.save_examples)
             if {"apgd", "autoattack"} & set(args.attacks):
                 attacks.check_autoattack(info["num_classes"])
         except (ValueError, OSError) as error:
             parser.error(error)
         args.epsilon = ", ".join(args.epsilons or [args.epsilon or data.EPSILON.get(dataset, "8/255")])
         result = {
-            "model": scores.describe(info, dataset), "n": len(test.labels), "epsilon": args.epsilon,
-            "device": scores.device_name(device), "precision": args.precision, "batch_size": args.batch_size,
+            "model": describe(info, dataset), "n": len(test.labels), "epsilon": args.epsilon,
+            "device": device_name(device), "precision": args.precision, "batch_size": args.batch_size,
             "versions": {"python": platform.python_version(), "torch": torch.__version__},
-            "command": scores.command(parser.prog, argv), "complete": False, "attacks": []}
+            "command": command(parser.prog, argv), "complete": False, "attacks": []}
         try:
             evaluate(model, test, args, result, device)
         except KeyboardInterrupt:  # what is finished stands in the JSON, marked as incomplete
-            print(scores.table(result))
+            print(table(result))
             sys.exit(130)
-        except cli.FAULTS as error:
+        except runtime.FAULTS as error:
             sys.exit(f"{parser.prog}: {error}")
         if rank == 0:
-            print(scores.table(result))
+            print(table(result))
         return result
 
 

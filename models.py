@@ -202,18 +202,6 @@ class Normalised(nn.Module):
         return self.model((x - self.mean) / self.std)
 
 
-class BothPasses(torch.nn.Module):
-    """(x, x_adv) -> (logits_nat, logits_adv), None for None. x and x_adv go through the model apart, natural first:
-    together they would share their batch statistics. One module, as DistributedDataParallel wants one forward call."""
-
-    def __init__(self, model, forward_pass):
-        super().__init__()
-        self.model, self.forward_pass = model, forward_pass
-
-    def forward(self, x, x_adv):
-        return tuple(None if batch is None else self.forward_pass(batch) for batch in (x, x_adv))
-
-
 @contextlib.contextmanager
 def frozen(model):
     """Inside, the model is in eval mode and its parameters want no gradient: how an attack must see it. Afterwards
@@ -232,18 +220,3 @@ def frozen(model):
             parameter.requires_grad_(requires_grad)
 
 
-def rehearse(model, forward, x, rounds=1, train_passes=0):
-    """The passes over batches like x that are to come: the attack's, and of a training step the forward passes, in the
-    mode that the model is in, and their backward pass. Leaves no trace."""
-    inputs, buffers = x.detach().requires_grad_(), [(buffer, buffer.clone()) for buffer in model.buffers()]
-    try:
-        with torch.random.fork_rng([x.device] if x.is_cuda else []):
-            for _ in range(rounds):
-                with frozen(model):
-                    torch.autograd.grad(forward(inputs).float().sum(), inputs)
-                if train_passes:  # grad() and not backward(), which would leave .grad behind
-                    total = sum(forward(x).float().sum() for _ in range(train_passes))
-                    torch.autograd.grad(total, list(model.parameters()))
-    finally:
-        for buffer, before in buffers:
-            buffer.copy_(before)  # in place: a CUDA graph reads it where it lies

@@ -15,25 +15,25 @@ import torch
 from tqdm import tqdm
 
 import checkpoints
-import cli
 import data
+import eval_attacks
 import models
-import scores
+import runtime
 
 
 def parse_args(argv=None):
-    parser = cli.Parser(prog="pseudo_label.py", description=__doc__)
+    parser = runtime.Parser(prog="pseudo_label.py", description=__doc__)
     add = parser.add_argument
     add("--model-path", required=True, metavar="FILE", help="the model that labels")
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--images", metavar="IN", help="the unlabelled images")
     source.add_argument("--dataset", help="in their place the training images of this data set, without their labels")
-    add("--skip", type=cli.natural_int, default=0, metavar="N", help="... but for its first N (default: 0)")
+    add("--skip", type=runtime.natural_int, default=0, metavar="N", help="... but for its first N (default: 0)")
     add("--data-dir", default="data", metavar="DIR", help="where CIFAR is, or is downloaded to (default: data)")
     add("--output", required=True, metavar="OUT.npz", help="where to write; must not exist")
-    add("--normalize", nargs=2, type=cli.three_numbers, metavar=("MEAN", "STD"),
+    add("--normalize", nargs=2, type=runtime.three_numbers, metavar=("MEAN", "STD"),
         help="of a released model that was trained on normalised images (default: none)")
-    add("--batch-size", type=cli.positive_int, default=512, help="(default: 512)")
+    add("--batch-size", type=runtime.positive_int, default=512, help="(default: 512)")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="(default: auto)")
     return parser, parser.parse_args(argv)
 
@@ -67,8 +67,8 @@ def main(argv=None):
             raise ValueError(f"--output {output} exists already")
         if output.suffix != ".npz":
             raise ValueError(f"--output {output} must end in .npz")
-        cli.check_output("--output", output)
-        device = cli.pick_device(args.device)
+        runtime.check_output("--output", output)
+        device = runtime.pick_device(args.device)
         model, info = checkpoints.load_model(args.model_path, normalize=args.normalize)
         pixels, true = training_images(args) if args.dataset else (read_images(pathlib.Path(args.images)), None)
         arrays = {"data": pixels}
@@ -80,12 +80,12 @@ def main(argv=None):
         labels = torch.empty(len(images), dtype=torch.long)
         with models.frozen(model), tqdm(total=len(images), unit="img", unit_scale=True, dynamic_ncols=True) as bar:
             for positions in torch.arange(len(images)).split(args.batch_size * 16):  # so that few are float at a time
-                logits = scores.attacked_logits(model, images[positions].to(device), labels[positions].to(device),
+                logits = eval_attacks.attacked_logits(model, images[positions].to(device), labels[positions].to(device),
                                                  batch_size=args.batch_size, progress=bar.update)
                 labels[positions] = logits.argmax(1).cpu()
         arrays["extrapolated_targets"] = labels.numpy()
         checkpoints.write_atomically(output, lambda file: np.savez(file, **arrays))
-    except cli.FAULTS as error:
+    except runtime.FAULTS as error:
         sys.exit(f"{parser.prog}: {error}")
     counts = torch.bincount(labels, minlength=info["num_classes"]).tolist()
     right = "" if true is None else f"; {(labels == true).float().mean():.2%} of the labels are right"

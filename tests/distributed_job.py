@@ -21,10 +21,9 @@ import torch.nn as nn
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent.parent))
 
-import cli  # noqa: E402
 import data  # noqa: E402
 import models  # noqa: E402
-import rundir  # noqa: E402
+import runtime  # noqa: E402
 import train_cifar  # noqa: E402
 
 
@@ -34,17 +33,17 @@ def norm_free(name, num_classes):
 
 def main(mode, folder, *argv):
     torch.set_num_threads(1)
-    validate, augment, run_lock, steps = rundir.validate, data.augment, rundir.run_lock, []
+    validate, augment, run_lock, steps = train_cifar.validate, data.augment, runtime.run_lock, []
 
     def observed(model, *args):
-        rank, _ = cli.rank_and_world()
+        rank, _ = runtime.rank_and_world()
         epoch = len(list(pathlib.Path(folder).glob(f"rank{rank}-*.pt")))
         torch.save(model.state_dict(), f"{folder}/rank{rank}-{epoch}.pt")
         return validate(model, *args)
 
     def deadly(*args):
         steps.append(1)
-        if len(steps) == 5 and cli.rank_and_world()[0] == 1:
+        if len(steps) == 5 and runtime.rank_and_world()[0] == 1:
             os.kill(os.getpid(), signal.SIGKILL if mode == "die" else signal.SIGTERM)
         return augment(*args)
 
@@ -54,10 +53,10 @@ def main(mode, folder, *argv):
         return run_lock(out_dir)
 
     def note_step(args, state, *_):
-        pathlib.Path(f"{folder}/step{cli.rank_and_world()[0]}").write_text(str(state["step"]))
+        pathlib.Path(f"{folder}/step{runtime.rank_and_world()[0]}").write_text(str(state["step"]))
         return True
 
-    rundir.validate = observed
+    train_cifar.validate = observed
     if mode == "norm-free":
         models.build_model = norm_free
     if mode in ("traced", "half-compiled"):
@@ -67,9 +66,9 @@ def main(mode, folder, *argv):
     if mode in ("die", "terminate"):
         data.augment = deadly
     if mode == "terminate":
-        rundir.READ_EVERY["cpu"] = rundir.READ_EVERY["cuda"]
+        train_cifar.READ_EVERY["cpu"] = train_cifar.READ_EVERY["cuda"]
     if mode == "overtaken":
-        rundir.run_lock, train_cifar.train = overtaken, note_step
+        runtime.run_lock, train_cifar.train = overtaken, note_step
     train_cifar.main(list(argv))
 
 

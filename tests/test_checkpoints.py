@@ -14,7 +14,8 @@ import torch
 
 import checkpoints
 import models
-import rundir
+import runtime
+import train_cifar
 
 
 def own_checkpoint(path, arch="wrn-10-1", num_classes=4):
@@ -124,22 +125,22 @@ def test_a_failed_save_leaves_the_old_file(tmp_path, monkeypatch):
 def test_a_run_keeps_the_checkpoint_before_the_last(tmp_path, capsys):
     rest = dict.fromkeys(("args", "state_dict", "optimizer", "rows", "best", "sums", "on"), 0)
     for step in (1, 2):
-        rundir.save_run({"format": checkpoints.FORMAT, "step": step} | rest, tmp_path)
-    assert rundir.load_run(tmp_path)["step"] == 2
+        train_cifar.save_run({"format": checkpoints.FORMAT, "step": step} | rest, tmp_path)
+    assert train_cifar.load_run(tmp_path)["step"] == 2
     (tmp_path / "last.pt").write_bytes(b"cut")
-    assert rundir.load_run(tmp_path)["step"] == 1
-    assert "damaged" in rundir.load_run(tmp_path)["damage"]
+    assert train_cifar.load_run(tmp_path)["step"] == 1
+    assert "damaged" in train_cifar.load_run(tmp_path)["damage"]
 
 
 def test_a_file_system_without_hard_links_or_locks(tmp_path, monkeypatch, capsys):
     def refuse(*args):
         raise OSError(95, "Operation not supported")
 
-    monkeypatch.setattr(rundir.os, "link", refuse)
-    monkeypatch.setattr(rundir.fcntl, "flock", refuse)
-    with rundir.run_lock(tmp_path):
+    monkeypatch.setattr(train_cifar.os, "link", refuse)
+    monkeypatch.setattr(train_cifar.fcntl, "flock", refuse)
+    with runtime.run_lock(tmp_path):
         for step in (1, 2):
-            rundir.save_run({"step": step}, tmp_path)
+            train_cifar.save_run({"step": step}, tmp_path)
     assert "cannot be locked" in capsys.readouterr().out
     assert [checkpoints.load(tmp_path / name)["step"] for name in ("last.prev.pt", "last.pt")] == [1, 2]
     assert sorted(file.name for file in tmp_path.iterdir()) == [".lock", "last.prev.pt", "last.pt"]
@@ -174,21 +175,21 @@ def test_no_flipped_or_missing_byte_goes_unseen(tmp_path):
 
 
 def test_a_lock_is_held_by_the_living_only(tmp_path):
-    with rundir.run_lock(tmp_path):
-        with pytest.raises(ValueError, match="another process"), rundir.run_lock(tmp_path):
+    with runtime.run_lock(tmp_path):
+        with pytest.raises(ValueError, match="another process"), runtime.run_lock(tmp_path):
             pass
-    with rundir.run_lock(tmp_path):
+    with runtime.run_lock(tmp_path):
         pass
     holder = ("import sys, time, rundir\n"
-              "with rundir.run_lock(sys.argv[1]):\n print(1, flush=True)\n time.sleep(60)")
+              "with runtime.run_lock(sys.argv[1]):\n print(1, flush=True)\n time.sleep(60)")
     process = subprocess.Popen([sys.executable, "-c", holder, tmp_path], stdout=subprocess.PIPE,
                                cwd=pathlib.Path(checkpoints.__file__).parent)
     process.stdout.readline()
-    with pytest.raises(ValueError, match="another process"), rundir.run_lock(tmp_path):
+    with pytest.raises(ValueError, match="another process"), runtime.run_lock(tmp_path):
         pass
     process.kill()
     process.wait()
-    with rundir.run_lock(tmp_path):
+    with runtime.run_lock(tmp_path):
         pass
 
 

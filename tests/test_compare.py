@@ -11,7 +11,7 @@ from helpers import fails_in_one_line
 from scipy.stats import binomtest
 
 import compare
-import scores
+import eval_attacks
 
 RESULTS = pathlib.Path(__file__).parent.parent / "results"
 
@@ -81,8 +81,8 @@ def test_the_difference_estimator_of_all_images_is_the_paired_difference():
 def test_what_pgd_flatters_by_is_printed(after, expected, capsys):
     paths = [str(RESULTS / f"table3/{name}.json") for name in ("madry", after)]
     compare.main(paths)
-    found = compare.flattery(*map(scores.read, paths))
-    rows = [{row["name"]: row["correct"] for row in scores.read(path)["attacks"]} for path in paths]
+    found = compare.flattery(*map(eval_attacks.read, paths))
+    rows = [{row["name"]: row["correct"] for row in eval_attacks.read(path)["attacks"]} for path in paths]
     lost = [row["PGD-20"] - row["Worst case"] for row in rows]  # the worst case's are right under PGD-20 too
     assert found["difference"] == pytest.approx((lost[1] - lost[0]) / 10_000) == pytest.approx(expected)
     assert f"wrong in the worst case, B - A: {100 * expected:+.2f} (" in capsys.readouterr().out
@@ -93,7 +93,7 @@ def results(tmp_path):
     g = torch.Generator().manual_seed(0)
     paths = []
     for name in "AB":
-        rows = [scores.outcome("PGD-20", {"epsilon": "8/255"}, torch.rand(77, generator=g) < 0.5, 1.0)]
+        rows = [eval_attacks.outcome("PGD-20", {"epsilon": "8/255"}, torch.rand(77, generator=g) < 0.5, 1.0)]
         result = {"model": {"dataset": "cifar10"}, "n": 77, "attacks": rows}
         paths.append(tmp_path / f"{name}.json")
         paths[-1].write_text(json.dumps(result))
@@ -102,7 +102,7 @@ def results(tmp_path):
 
 def test_the_masks_survive_the_json(results, capsys):
     differences = compare.main([str(path) for path in results])
-    first, second = (scores.read(path)["attacks"][0] for path in results)
+    first, second = (eval_attacks.read(path)["attacks"][0] for path in results)
     d = differences["PGD-20"]
     assert d["gained"] - d["lost"] == second["correct"] - first["correct"]
     assert f"{100 * d['difference']:+.2f}" in capsys.readouterr().out

@@ -14,10 +14,10 @@ from test_train import TINY, run_until, without_times
 
 import attacks
 import checkpoints
-import cli
 import eval_attacks
 import losses
 import models
+import runtime
 import train_cifar
 
 DEVICE = "cuda"
@@ -30,7 +30,7 @@ if DEVICE == "cuda" and not torch.cuda.is_available():
 def fresh_compiler():
     """Where torch cannot record a CUDA graph it says so by failing; each test compiles anew."""
     torch.compiler.reset()
-    cli.pick_device(DEVICE)
+    runtime.pick_device(DEVICE)
     with torch._inductor.config.patch("triton.cudagraph_or_error", True):
         yield
 
@@ -41,11 +41,11 @@ def five_steps(defense, level):
     model = models.build_model("wrn-10-1").to(DEVICE, torch.float64)
     args = train_cifar.with_defaults({"defense": defense, "arch": "wrn-10-1", "num_steps": 3, "batch_size": 16})
     x = torch.rand(16, 3, 32, 32, dtype=torch.float64).to(DEVICE, memory_format=torch.channels_last)
-    y, eager = torch.randint(10, (16,)).to(DEVICE), cli.forward_pass(model)
+    y, eager = torch.randint(10, (16,)).to(DEVICE), runtime.forward_pass(model)
     before = torch.cat([p.detach().flatten() for p in model.parameters()])
-    forward, came_of_it, words = cli.fast_pass(model, eager, x, level, 1 + (defense != "madry"))
+    forward, came_of_it, words = runtime.fast_pass(model, eager, x, level, 1 + (defense != "madry"))
     assert came_of_it == level, words
-    both, optimizer = models.BothPasses(model, forward), train_cifar.build_optimizer(model, args)
+    both, optimizer = runtime.BothPasses(model, forward), train_cifar.build_optimizer(model, args)
     for _ in range(5):
         start = 0.001 * torch.randn(x.shape, dtype=torch.float64).to(DEVICE, memory_format=torch.channels_last)
         x_adv = train_cifar.inner_maximisation(model, forward, x, y, start, args)
@@ -95,7 +95,7 @@ def test_ten_thousand_images_need_the_memory_of_the_first(level):
     model, used = models.build_model("wrn-10-1").to(DEVICE).eval(), []
     images = torch.rand(250, 3, 32, 32).to(DEVICE, memory_format=torch.channels_last)
     y = torch.randint(10, (250,)).to(DEVICE)
-    forward, came_of_it, words = cli.fast_pass(model, cli.forward_pass(model, "bf16"), images, level)
+    forward, came_of_it, words = runtime.fast_pass(model, runtime.forward_pass(model, "bf16"), images, level)
     assert came_of_it == level, words
     with models.frozen(model):
         for _ in range(40):

@@ -12,7 +12,7 @@ import torch
 from test_train import TINY, without_times
 
 import checkpoints
-import rundir
+import runtime
 import train_cifar
 
 JOB = pathlib.Path(__file__).parent / "distributed_job.py"
@@ -89,7 +89,7 @@ def test_all_processes_go_on_from_what_stood_there_once_it_was_locked(tmp_path):
 @pytest.mark.slow
 def test_all_processes_end_where_another_holds_the_lock(tmp_path):
     start = time.time()
-    with rundir.run_lock(tmp_path / "run"):
+    with runtime.run_lock(tmp_path / "run"):
         status, output = job(2, "observe", tmp_path, *RUN, "--out-dir", tmp_path / "run")
     assert status != 0 and "another process is training there" in output and time.time() - start < 120, output
     assert [file.name for file in (tmp_path / "run").iterdir()] == [".lock"]

@@ -16,7 +16,6 @@ import data
 import eval_attacks
 import losses
 import models
-import scores
 
 SMALL = ["--num-images", "24", "--precision", "fp32", "--compile", "off", "--num-steps", "3", "--cw-steps", "4"]
 
@@ -70,7 +69,7 @@ def test_accuracies_equal_a_loop_written_out(model_path):
         assert row["correct"] == sum(correct) and row["accuracy"] == sum(correct) / 24
         if row["name"] in objectives:  # the images too, because many attacks have the same outcome
             with models.frozen(model):
-                attack = scores.make_attack(model, row["params"])
+                attack = eval_attacks.make_attack(model, row["params"])
                 ours = attack(test.images[:24] / 255, test.labels[:24], torch.arange(24))
             assert ((ours - torch.cat(x_advs)).abs() < 1e-5).float().mean() > 0.995, row["name"]  # a sign may flip
 
@@ -87,7 +86,7 @@ def test_attacked_logits_do_not_depend_on_the_batch_size(small_net, batch_size):
         return attacks.pgd(small_net, x, labels, losses.cross_entropy, epsilon=0.1, step_size=0.05, num_steps=3,
                            random_start=start)
 
-    logits = scores.attacked_logits(small_net, pixels, y, attack, batch_size, seen.append)
+    logits = eval_attacks.attacked_logits(small_net, pixels, y, attack, batch_size, seen.append)
     expected = small_net(attack(pixels.float() / 255, y, torch.arange(7))).detach()
     torch.testing.assert_close(logits, expected, rtol=0, atol=1e-5)
     assert sum(seen) == 7
@@ -122,21 +121,21 @@ def test_wilson_against_scipy():
 
     for correct, n in ((0, 24), (24, 24), (5, 24), (5214, 10000)):
         expected = binomtest(correct, n).proportion_ci(method="wilson")
-        assert scores.wilson(correct, n) == pytest.approx((expected.low, expected.high), abs=1e-6)
+        assert eval_attacks.wilson(correct, n) == pytest.approx((expected.low, expected.high), abs=1e-6)
 
 
 def test_the_papers_row_stands_under_its_settings():
     result = {"model": {"path": "m.pt", "arch": "wrn-34-10", "dataset": "cifar10", "defense": "mart", "spat_alpha": 0.3,
                         "epochs": 90, "seed": 1}, "n": 10, "complete": True, "epsilon": "8/255", "precision": "fp32",
-              "attacks": [scores.outcome("Natural", {}, torch.tensor([True] * 8 + [False] * 2), 1.0)]}
-    assert "Natural 81.93  FGSM 61.87  PGD-20 59.59  CW-inf 51.57" in scores.table(result)
-    assert " 80.00%   49.02 - 94.33 " in scores.table(result)
-    assert ", 90 epochs, seed 1" in scores.table(result)
+              "attacks": [eval_attacks.outcome("Natural", {}, torch.tensor([True] * 8 + [False] * 2), 1.0)]}
+    assert "Natural 81.93  FGSM 61.87  PGD-20 59.59  CW-inf 51.57" in eval_attacks.table(result)
+    assert " 80.00%   49.02 - 94.33 " in eval_attacks.table(result)
+    assert ", 90 epochs, seed 1" in eval_attacks.table(result)
     best = {"args": {"epochs": 120}}
-    assert ", epoch 90 of 120, seed 1" in scores.table(result | {"model": result["model"] | best})
+    assert ", epoch 90 of 120, seed 1" in eval_attacks.table(result | {"model": result["model"] | best})
     for change in (dict(spat_alpha=0.2), dict(dataset="cifar100"), dict(defense="madry")):
-        assert "paper" not in scores.table(result | {"model": result["model"] | change})
-    assert "paper" not in scores.table(result | {"epsilon": "4/255"})
+        assert "paper" not in eval_attacks.table(result | {"model": result["model"] | change})
+    assert "paper" not in eval_attacks.table(result | {"epsilon": "4/255"})
 
 
 def test_bad_flags(model_path, tmp_path, capsys, monkeypatch):
@@ -190,7 +189,7 @@ def test_restarts_break_what_any_of_them_breaks(model_path):
     test = data.load("digits", train=False).subset(slice(100))
     for name in ("PGD-1", "CW-inf"):
         with models.frozen(model):
-            attack = scores.make_attack(model, one[name]["params"])
+            attack = eval_attacks.make_attack(model, one[name]["params"])
             right = [model(attack(test.images / 255, test.labels, torch.arange(100), restart)).argmax(1) == test.labels
                      for restart in range(3)]
         assert np.array_equal(mask(one[name]), right[0].numpy())
@@ -221,8 +220,8 @@ def test_any_step_takes_the_worst_iterate(model_path):
 def test_the_pool_shrinks(model_path, monkeypatch):
     """Each attack sees what the ones before left standing, and its row is what all of them leave."""
     apart = rows_of(model_path, "--attacks", "natural", "fgsm", "pgd", "cw")
-    seen, real = [], scores.attacked_logits
-    monkeypatch.setattr(scores, "attacked_logits", lambda *a: (seen.append(len(a[6])), real(*a))[1])
+    seen, real = [], eval_attacks.attacked_logits
+    monkeypatch.setattr(eval_attacks, "attacked_logits", lambda *a: (seen.append(len(a[6])), real(*a))[1])
     pooled = rows_of(model_path, "--attacks", "natural", "fgsm", "pgd", "cw", "--pool", "--batch-size", "7")
     standing = np.ones(24, bool)
     for (name, row), asked in zip(pooled.items(), [*seen, None], strict=True):
@@ -255,7 +254,7 @@ def test_shares_of_examples_made_easier(model_path):
     attacked = torch.tensor([[1.0, 0.0, 0.0], [0.0, 4.0, 0.0], [31.0, 0.0, 0.0], [0.0, 0.0, 1.0]])
     y = torch.tensor([0, 1, 0, 0])  # p_y = 0.787, 0.909, 1 - 1.9e-13 (1 in float32), 0.212; lower, higher, higher, same
     for alpha, above in ((None, None), (0.0, 0.0), (1e-6, 0.25), (0.1, 0.5), (0.3, 0.75), (1.0, 1.0)):
-        row = scores.spat_shares(natural, attacked, y, alpha)
+        row = eval_attacks.spat_shares(natural, attacked, y, alpha)
         assert row["share_made_easier"] == 0.5 and row.get("share_p_y_above_1_minus_alpha") == above
     rows = rows_of(model_path, "--attacks", "natural", "pgd", "pgd-ls", "--alphas", "0", "1")
     assert rows["PGD-3-LS 0"]["share_p_y_above_1_minus_alpha"] == 0 and "share_made_easier" not in rows["Natural"]
@@ -332,7 +331,7 @@ def test_ctrl_c_keeps_what_is_finished(model_path, tmp_path, monkeypatch, capsys
     with pytest.raises(SystemExit) as exit_info:
         eval_attacks.main(["--model-path", str(model_path), *SMALL, "--json", str(tmp_path / "r.json")])
     assert exit_info.value.code == 130
-    result = scores.read(tmp_path / "r.json")
+    result = eval_attacks.read(tmp_path / "r.json")
     assert result["complete"] is False and [row["name"] for row in result["attacks"]] == ["Natural", "FGSM", "PGD-3"]
     printed = capsys.readouterr().out
     assert "INCOMPLETE" in printed and "PGD-3" in printed and "CW" not in printed

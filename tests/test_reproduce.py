@@ -21,10 +21,8 @@ from helpers import fails_in_one_line
 import checkpoints
 import compare
 import eval_attacks
-import jobs
 import pseudo_label
 import reproduce
-import scores
 import train_cifar
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -81,7 +79,7 @@ def test_the_papers_scale_is_the_papers(tmp_path, monkeypatch, capsys):
     trained = {target: [train_cifar.with_defaults(train_cifar.parse_args(line[2:])[1]) for line in lines_of(
         [target, "--scale", "paper"], capsys) if line[1] == "train_cifar.py"] for target in reproduce.TARGETS}
     table3 = trained["table3"] + trained["table3-cifar100"]
-    assert {(args.dataset, args.defense, args.spat_alpha) for args in table3} == set(scores.TABLE_3)
+    assert {(args.dataset, args.defense, args.spat_alpha) for args in table3} == set(reproduce.TABLE_3)
     assert {(args.arch, args.epochs, args.epsilon, args.lr) for args in table3} == {("wrn-34-10", 90, "8/255", 0.1)}
     decay = {(args.dataset, args.defense): args.weight_decay for args in table3}
     assert [decay["cifar100", defense] for defense in ("madry", "trades", "mart")] == [2e-4, 2e-4, 7e-4]
@@ -91,12 +89,12 @@ def test_the_papers_scale_is_the_papers(tmp_path, monkeypatch, capsys):
         (defense, alpha, "wrn-28-10", 200) for defense in ("trades", "mart") for alpha in (None, 0.1)}
     assert {(args.epsilon, args.spat_alpha) for args in trained["figure5"]} == {
         (f"{e}/255", a) for e in (4, 8, 16) for a in (0, 0.2, 0.4, 0.6, 0.8, 1)}
-    assert {row for target, row in scores.PAPER if target == "table4"} == set(reproduce.RECIPES["table4", "paper"].rows)
+    assert {row for target, row in reproduce.PAPER if target == "table4"} == set(reproduce.RECIPES["table4", "paper"].rows)
 
 
 def test_earlier_results_count_where_their_recipe_is_the_tables(monkeypatch):
     monkeypatch.chdir(ROOT)
-    states = {cell: jobs.state(cell) for cell in reproduce.cells_of(
+    states = {cell: reproduce.state(cell) for cell in reproduce.cells_of(
         [key for key in reproduce.RECIPES if key[1] == "cpu" and key[0] != "table3-cifar100"], {1}, "data")}
     of_another = {cell.row: differing for cell, (_, differing) in states.items() if differing}
     assert len([cell for cell, state in states.items() if not any(state)]) == 7 + 4 + 2 + 12
@@ -104,7 +102,7 @@ def test_earlier_results_count_where_their_recipe_is_the_tables(monkeypatch):
     assert sorted(of_another) == sorted(["eps4-alpha0.6", "eps4-alpha0.8", "eps8-alpha0.8", "eps16-alpha0",
                                          "eps16-alpha0.4", "eps16-alpha0.6"])
     assert all(differing[0].endswith(": compile off, not on") for differing in of_another.values())
-    rows = jobs.outcomes(reproduce.Cell("table3", "cpu", "trades-spat0", 1))
+    rows = reproduce.outcomes(reproduce.Cell("table3", "cpu", "trades-spat0", 1))
     assert round(100 * rows["Worst case"]["accuracy"], 2) == 28.00  # of the last epoch, and not epoch 5's 27.05
     assert rows["APGD-CE + APGD-T"]["n"] == 1000 and rows["PGD-20"]["n"] == 10_000
 
@@ -118,8 +116,8 @@ def made_result(cell, command, right=300):
     args = eval_attacks.parse_args(command[1:])[1]
     args.epsilon = args.epsilon or "0.05"
     n = args.num_images or 400
-    rows = [scores.outcome(name, params, torch.arange(n) < right) for name, params in eval_attacks.attack_list(args)]
-    rows += [scores.worst_case(rows)] if len(rows) > 2 else []
+    rows = [eval_attacks.outcome(name, params, torch.arange(n) < right) for name, params in eval_attacks.attack_list(args)]
+    rows += [eval_attacks.worst_case(rows)] if len(rows) > 2 else []
     model = {"dataset": "digits", "epochs": trained["epochs"], "args": trained}
     return {"model": model, "n": n, "epsilon": args.epsilon, "device": "stub", "precision": args.precision,
             "compile": args.compile, "complete": True, "attacks": rows}
@@ -130,7 +128,7 @@ def stubs(tmp_path, monkeypatch):
     """Scripts that copy what was made before to where the real ones would write; stubs(cells, {cell: more}) makes it.
     """
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(jobs, "HERE", tmp_path)
+    monkeypatch.setattr(reproduce, "HERE", tmp_path)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     for script in PARSERS:
         (tmp_path / script).write_text(STUB)
@@ -145,7 +143,7 @@ def stubs(tmp_path, monkeypatch):
             checkpoints.save(run | {"rows": [{}] * args["epochs"]}, f"done{i}.pt")
             made[str(cell.run)] = {"begun": f"begun{i}.pt", "done": f"done{i}.pt"} | (more or {}).get(cell, {})
             for j, (path, command) in enumerate(cell.evaluations().items()):
-                scores.write(f"result{i}-{j}.json", made_result(cell, command, 300 + i))
+                eval_attacks.write(f"result{i}-{j}.json", made_result(cell, command, 300 + i))
                 made[str(path)] = {"done": f"result{i}-{j}.json"}
         pathlib.Path("made.json").write_text(json.dumps(made))
         return cells
@@ -198,7 +196,7 @@ def test_what_is_finished_is_skipped_and_a_lost_json_alone_is_made_again(stubs):
     pathlib.Path("calls.txt").write_text("")
     assert ends(TABLE3) == 0 and begun() == []
     path = next(iter(cells[2].evaluations()))
-    scores.write(path, scores.read(path) | {"complete": False})  # what a stopped evaluation leaves
+    eval_attacks.write(path, eval_attacks.read(path) | {"complete": False})  # what a stopped evaluation leaves
     assert ends(TABLE3) == 0 and begun() == [("eval_attacks.py", str(path))]
     path.unlink()
     assert ends([*TABLE3, "--cell", "2"]) == 0 and len(begun()) == 1  # another one
@@ -209,7 +207,7 @@ def test_a_failing_cell_does_not_stop_the_others(stubs, capsys):
     cells = seven()
     stubs(cells, {cells[1]: {"fails": True}})
     assert ends(TABLE3) == 1
-    assert [cell.row for cell in cells if any(jobs.state(cell))] == ["madry-spat0.2"]
+    assert [cell.row for cell in cells if any(reproduce.state(cell))] == ["madry-spat0.2"]
     last = capsys.readouterr().err.splitlines()[-1]
     assert last == ("failed: table3 digits madry-spat0.2 seed 1: exit status 1, see "
                     "runs/table3-digits/madry-spat0.2/output.log: no space left on the moon")
@@ -224,7 +222,7 @@ def test_a_recipe_that_compiles_ends_before_the_work_where_there_is_no_compiler(
         raise RuntimeError("no compiler")
 
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(jobs.torch, "compile", broken)
+    monkeypatch.setattr(reproduce.torch, "compile", broken)
     error = fails_in_one_line(reproduce.main, ["table3", "--scale", "cpu"], capsys)
     assert "torch.compile fails here (RuntimeError)" in error and not list(tmp_path.iterdir())
 
@@ -234,11 +232,11 @@ def test_the_worst_case_is_of_the_recipes_attacks(stubs):
     cell = stubs(seven()[:1])[0]
     assert ends([*TABLE3, "--cell", "1"]) == 0
     path, = cell.evaluations()
-    result, before = json.loads(path.read_text()), jobs.outcomes(cell)
+    result, before = json.loads(path.read_text()), reproduce.outcomes(cell)
     more = result["attacks"][1] | {"name": "another", "correct_mask": "00" * 50}
-    result["attacks"] = [*result["attacks"][:-1], more, scores.worst_case([*result["attacks"][:-1], more])]
+    result["attacks"] = [*result["attacks"][:-1], more, eval_attacks.worst_case([*result["attacks"][:-1], more])]
     path.write_text(json.dumps(result))
-    assert jobs.outcomes(cell) == before and before["Worst case"]["correct"] > 0
+    assert reproduce.outcomes(cell) == before and before["Worst case"]["correct"] > 0
 
 
 def test_a_changed_recipe_is_named_and_not_mixed_in(stubs, monkeypatch, capsys):
@@ -261,11 +259,11 @@ def test_a_changed_recipe_is_named_and_not_mixed_in(stubs, monkeypatch, capsys):
 
 def test_a_result_that_is_not_what_was_asked_for_fails_its_cell(stubs, capsys):
     cells = stubs(seven())
-    scores.write("result0-0.json", scores.read("result0-0.json") | {"compile": "on"})
+    eval_attacks.write("result0-0.json", eval_attacks.read("result0-0.json") | {"compile": "on"})
     assert ends(TABLE3) == 1
     assert ("failed: table3 digits madry seed 1: results/table3-digits/madry.json: evaluated with compile on, not off"
             in capsys.readouterr().err)
-    assert len([cell for cell in cells if not any(jobs.state(cell))]) == 6
+    assert len([cell for cell in cells if not any(reproduce.state(cell))]) == 6
 
 
 def test_trainings_that_targets_share_run_once_and_labels_come_first(stubs):
@@ -297,7 +295,7 @@ def wait_for(condition, seconds=300):
 def test_killed_it_waits_for_its_orphan_and_goes_on(stubs, capsys):
     cells = seven()[:1]
     stubs(seven(), {cells[0]: {"seconds": 8}})
-    first = start([*TABLE3, "--cell", "1"], "jobs.HERE = pathlib.Path().resolve()")
+    first = start([*TABLE3, "--cell", "1"], "reproduce.HERE = pathlib.Path().resolve()")
     wait_for(lambda: pathlib.Path("calls.txt").exists())
     first.kill()
     first.communicate()
@@ -333,7 +331,7 @@ def test_two_real_cells_killed_three_times_end_as_those_left_alone(tmp_path):
     for name in ("trades", "mart-spat0.3"):
         a, b = (checkpoints.load(folder / f"runs/table3-digits/{name}/last.pt") for folder in (alone, killed))
         assert all(torch.equal(a["state_dict"][key], b["state_dict"][key]) for key in a["state_dict"])
-        a, b = (scores.read(folder / f"results/table3-digits/{name}.json") for folder in (alone, killed))
+        a, b = (eval_attacks.read(folder / f"results/table3-digits/{name}.json") for folder in (alone, killed))
         assert [row["correct_mask"] for row in a["attacks"]] == [row["correct_mask"] for row in b["attacks"]]
 
 
@@ -352,9 +350,9 @@ def test_a_signal_ends_the_children_and_the_next_run_resumes(flags, number, code
     assert "failed" not in capsys.readouterr().err
     for cell in cells[:2]:
         with open(cell.run / "output.log", "ab") as file:  # nobody holds it
-            jobs.fcntl.flock(file, jobs.fcntl.LOCK_EX | jobs.fcntl.LOCK_NB)
+            reproduce.fcntl.flock(file, reproduce.fcntl.LOCK_EX | reproduce.fcntl.LOCK_NB)
     if not flags:
-        assert jobs.todo(cells[0]) == [cells[0].training() + ["--resume"], *cells[0].evaluations().values()]
+        assert reproduce.todo(cells[0]) == [cells[0].training() + ["--resume"], *cells[0].evaluations().values()]
 
 
 @pytest.mark.parametrize("argv, words", [
@@ -391,11 +389,11 @@ def test_holm_by_hand():
 def test_an_attack_on_few_images_is_estimated_for_all(monkeypatch, tmp_path):
     """Of results/: Madry + SPAT's difference on the first 256 and 1,000 images, and on all by the worst case."""
     monkeypatch.chdir(ROOT)
-    found = {row: {1: jobs.outcomes(reproduce.Cell("table3", "cpu", row, 1))} for row in ("madry", "madry-spat0.2")}
+    found = {row: {1: reproduce.outcomes(reproduce.Cell("table3", "cpu", row, 1))} for row in ("madry", "madry-spat0.2")}
     of = {c["attack"]: c for c in compare.summarise(found, [("madry", "madry-spat0.2")], {})["comparisons"]}
     assert of["PGD-20"]["all_images"] is None and of["Worst case"]["all_images"] is None
     entries = [seeds[1][name] for name in ("AutoAttack", "Worst case") for seeds in found.values()]
-    assert of["AutoAttack"]["all_images"] == compare.difference_estimator(*map(scores.correct_mask, entries))
+    assert of["AutoAttack"]["all_images"] == compare.difference_estimator(*map(eval_attacks.correct_mask, entries))
     assert round(100 * of["APGD-CE + APGD-T"]["all_images"]["difference"], 2) == 0.46
     found = {row: seeds | {2: seeds[1]} for row, seeds in found.items()}
     summary = compare.summarise(found, [("madry", "madry-spat0.2")], {})
@@ -413,7 +411,7 @@ def test_the_report_by_hand(stubs, capsys):
         for path, command in cell.evaluations().items():
             if (cell.row, cell.seed) in right:
                 path.parent.mkdir(parents=True, exist_ok=True)
-                scores.write(path, made_result(cell, command, right[cell.row, cell.seed]))
+                eval_attacks.write(path, made_result(cell, command, right[cell.row, cell.seed]))
                 cell.log.write_text(f"epoch,share_p_y_above_1_minus_alpha\n1,0.9\n2,{cell.seed / 10}\n")
     assert ends(["figure5", "--scale", "digits", "--report"]) == 0
     out, summary = capsys.readouterr().out, json.loads(pathlib.Path("results/figure5-digits.json").read_text())

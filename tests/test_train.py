@@ -17,12 +17,11 @@ from helpers import fails_in_one_line, tiny_model
 
 import attacks
 import checkpoints
-import cli
 import data
 import eval_attacks
 import losses
 import models
-import rundir
+import runtime
 import train_cifar
 
 TINY = ["--dataset", "digits", "--limit-train", "48", "--val-size", "16", "--batch-size", "16", "--num-steps", "2",
@@ -215,7 +214,7 @@ def test_a_step_leaves_no_gradient_and_the_weights_of_the_textbook_order(small_n
     x, y = images
     args, textbook = arguments("--defense", "mart"), copy.deepcopy(small_net).train()
     before = copy.deepcopy(small_net)
-    both = models.BothPasses(small_net, small_net)
+    both = runtime.BothPasses(small_net, small_net)
     optimizer, theirs = (train_cifar.build_optimizer(net, args) for net in (small_net, textbook))
     for x_adv in ((x + 0.03).clamp(0, 1), (x - 0.03).clamp(0, 1)):
         train_cifar.outer_minimisation(both, optimizer, x, x_adv, y, args)
@@ -326,7 +325,7 @@ def test_a_signal_gives_up_the_step_saves_and_says_how_to_go_on(tmp_path, monkey
         train_cifar.main([*argv, "--out-dir", str(tmp_path / "cut")])
     assert exit_info.value.code == status and len(calls) == 2
     out, err = capsys.readouterr()
-    assert rundir.STOPPING in err
+    assert runtime.STOPPING in err
     command = out.strip().splitlines()[-1]
     assert command == f"python train_cifar.py --resume --out-dir {tmp_path / 'cut'}"
     assert checkpoints.load(tmp_path / "cut/last.pt")["step"] == 1  # the attack of the second was given up
@@ -344,7 +343,7 @@ def test_a_signal_while_compiling_leaves_the_directory_as_it_was(tmp_path, monke
         train_cifar.main(argv)
         argv = ["--resume", "--out-dir", str(tmp_path), "--compile", "auto"]
     before = {path: path.read_bytes() for path in tmp_path.glob("[!.]*")}
-    real = cli.forward_passes
+    real = runtime.forward_passes
 
     def broken(args, *rest):
         signal.raise_signal(signal.SIGINT)
@@ -352,26 +351,26 @@ def test_a_signal_while_compiling_leaves_the_directory_as_it_was(tmp_path, monke
         args.compile = "on"  # what came of it, as the real one writes it, is another level now
         return passes
 
-    monkeypatch.setattr(cli, "forward_passes", broken)
+    monkeypatch.setattr(runtime, "forward_passes", broken)
     with pytest.raises(SystemExit) as exit_info:
         train_cifar.main(argv)
     assert exit_info.value.code == 130
     assert {path: path.read_bytes() for path in tmp_path.glob("[!.]*")} == before
     says = "go on with\npython train_cifar.py --resume" if resumed else "the same command starts again"
     assert says in capsys.readouterr().out
-    monkeypatch.setattr(cli, "forward_passes", real)
+    monkeypatch.setattr(runtime, "forward_passes", real)
     train_cifar.main(argv)
     assert (tmp_path / "last.pt").exists()
 
 
 def test_a_second_signal_ends_the_process_at_once():
     code = """import signal, rundir
-with rundir.deferred_signals("stopping") as received:
+with runtime.deferred_signals("stopping") as received:
     signal.raise_signal(signal.SIGINT)
     print(received, flush=True)
     signal.raise_signal(signal.SIGINT)
     print("still there")"""
-    folder = pathlib.Path(rundir.__file__).parent
+    folder = pathlib.Path(train_cifar.__file__).parent
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=folder)
     assert (done.returncode, done.stdout, done.stderr) == (-signal.SIGINT, "[2]\n", "\nstopping\n")
 
@@ -410,7 +409,7 @@ def test_a_run_that_dies_at_its_first_epochs_end_can_be_resumed(tmp_path, monkey
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(rundir, "write_log", die)
+        patch.setattr(train_cifar, "write_log", die)
         train_cifar.main([*argv, "--out-dir", str(tmp_path / "cut")])
     assert (tmp_path / "cut/best.pt").exists()
     train_cifar.main(["--resume", "--out-dir", str(tmp_path / "cut")])
@@ -466,7 +465,7 @@ def test_a_failed_save_after_a_fall_back_leaves_what_it_fell_back_on(tmp_path, m
     with monkeypatch.context() as patch, pytest.raises(SystemExit, match="No space left on device"):
         patch.setattr(torch, "save", full)
         train_cifar.main(["--resume", "--out-dir", str(tmp_path)])
-    assert rundir.load_run(tmp_path)["step"] == step
+    assert train_cifar.load_run(tmp_path)["step"] == step
 
 
 def test_a_gpu_out_of_memory_ends_in_one_line(tmp_path, monkeypatch):
@@ -474,7 +473,7 @@ def test_a_gpu_out_of_memory_ends_in_one_line(tmp_path, monkeypatch):
     def full(*_, **__):
         raise torch.OutOfMemoryError("CUDA out of memory.")
 
-    monkeypatch.setattr(cli, "forward_passes", full)
+    monkeypatch.setattr(runtime, "forward_passes", full)
     with pytest.raises(SystemExit) as exit_info:
         train_cifar.main(["--defense", "madry", *TINY, "--out-dir", str(tmp_path)])
     assert exit_info.value.code == "train_cifar.py: CUDA out of memory.; no checkpoint was written yet"
@@ -483,8 +482,8 @@ def test_a_gpu_out_of_memory_ends_in_one_line(tmp_path, monkeypatch):
 @pytest.mark.parametrize("defense, passes", [("standard", 2), ("madry", 2 + 4)])
 def test_the_work_by_which_compile_auto_decides(defense, passes, tmp_path, monkeypatch):
     asked = []
-    real = cli.forward_passes
-    monkeypatch.setattr(cli, "forward_passes", lambda *given, **more: asked.append(given[3]) or real(*given, **more))
+    real = runtime.forward_passes
+    monkeypatch.setattr(runtime, "forward_passes", lambda *given, **more: asked.append(given[3]) or real(*given, **more))
     train_cifar.main(["--defense", defense, *TINY, "--out-dir", str(tmp_path)])
     assert asked == [2 * 3 * passes]  # epochs, steps of each
 
@@ -497,7 +496,7 @@ def test_the_work_by_which_compile_auto_decides(defense, passes, tmp_path, monke
 def test_robust_accuracy_at_chance_is_warned_about(values, epochs, defense, warned):
     rows = [{"epoch": i, "lr": 0.1, "train_loss": 2.0, "images_per_s": 50.0, "val_natural_accuracy": 0.2, "seconds": 90,
              "val_robust_accuracy": value} for i, value in enumerate(values, start=1)]
-    text = rundir.summary(rows, argparse.Namespace(epochs=epochs, defense=defense), 10)
+    text = train_cifar.summary(rows, argparse.Namespace(epochs=epochs, defense=defense), 10)
     assert ("at chance" in text) == warned
     left = {0: "0 seconds left", 5: "8 minutes left"}[epochs - len(rows)]
     assert f"50 img/s  {left}" in text
@@ -539,12 +538,12 @@ def test_the_tally_counts_per_example():
             return torch.stack([p.log(), (1 - p).log()], 1)
 
     model, loss = Model(), torch.tensor(1.5)
-    assert rundir.tally(loss, model(p_nat), model(p_adv), y).tolist() == [1.5, 0.75, 0.5]
-    assert rundir.tally(loss, model(p_nat), None, y).tolist() == [1.5, 0.75, 0]
+    assert train_cifar.tally(loss, model(p_nat), model(p_adv), y).tolist() == [1.5, 0.75, 0.5]
+    assert train_cifar.tally(loss, model(p_nat), None, y).tolist() == [1.5, 0.75, 0]
     for alpha, step, expected in ((0.3, 8, [2, 1, 4]), (None, 8, [0, 1, 4]), (0.3, 9, [0, 0, 0])):
         run = argparse.Namespace(model=model, args=argparse.Namespace(spat_alpha=alpha), step=step, steps_per_epoch=20)
-        assert rundir.sampled_shares(run, model, p_nat, p_adv, y).tolist() == expected
-    assert rundir.sampled_shares(run, model, p_nat, None, y).tolist() == [0, 0, 0]  # standard training
+        assert train_cifar.sampled_shares(run, model, p_nat, p_adv, y).tolist() == expected
+    assert train_cifar.sampled_shares(run, model, p_nat, None, y).tolist() == [0, 0, 0]  # standard training
 
 
 def test_the_shares_are_of_the_model_that_was_attacked(tmp_path, monkeypatch):
@@ -555,7 +554,7 @@ def test_the_shares_are_of_the_model_that_was_attacked(tmp_path, monkeypatch):
         monkeypatch.setattr(module, name, lambda *args: order.append(name) or real(*args))
 
     note(train_cifar, "inner_maximisation")
-    note(rundir, "sampled_shares")
+    note(train_cifar, "sampled_shares")
     note(train_cifar, "outer_minimisation")
     train_cifar.main(["--defense", "madry", *TINY, "--epochs", "1", "--out-dir", str(tmp_path)])
     assert order == ["inner_maximisation", "sampled_shares", "outer_minimisation"] * 3

@@ -5,9 +5,11 @@ import argparse
 import contextlib
 import ctypes
 import datetime
+import fcntl
 import math
 import os
 import pathlib
+import signal
 import sys
 import time
 from fractions import Fraction
@@ -18,6 +20,7 @@ import torch.distributed as dist
 import models
 
 FAULTS = OSError, torch.OutOfMemoryError  # of the machine, in the middle of the work: one line and no traceback
+STOPPING = "stopping: the step at hand is given up, the run is saved; Ctrl-C again ends it at once"
 COMPILE_PAYS_MINUTES = 10  # of the eager run's time; compiling all graphs takes one to two minutes
 
 
@@ -173,7 +176,7 @@ def pick_compile(name, model, eager, x, passes, too_long=None):
     if name != "auto":
         return name, "as asked"
     part = x if x.is_cuda else x[:16]  # one pass of a WRN-34-10 over 128 images takes a minute on two cores
-    minutes = seconds(lambda: models.rehearse(model, eager, part), x.device, 1) * len(x) / len(part) * passes / 60
+    minutes = seconds(lambda: rehearse(model, eager, part), x.device, 1) * len(x) / len(part) * passes / 60
     if minutes < COMPILE_PAYS_MINUTES:
         return "off", f"eager needs about {duration(minutes)}, too little for compiling to pay"
     hint = f", {too_long}" if too_long and minutes > 24 * 60 and not x.is_cuda else ""
@@ -189,7 +192,7 @@ def compiled_pass(model, eager, x, level="on", train_passes=0):
         compiled = torch.compile(eager, dynamic=False, mode="reduce-overhead" if graphs else "default")
         # or_error: else torch leaves out what it cannot record. Three rounds: one warms up, one records, one replays.
         with torch._inductor.config.patch("triton.cudagraph_or_error", graphs):
-            models.rehearse(model, compiled, x, 3 if graphs else 1, train_passes)
+            rehearse(model, compiled, x, 3 if graphs else 1, train_passes)
     except Exception as error:  # whatever the toolchain may raise: the run must go on
         return eager, f"torch.compile failed ({type(error).__name__}): {str(error).strip().partition(chr(10))[0]}"
     return compiled, f"{time.perf_counter() - start:.0f} s to compile and try"
@@ -277,3 +280,84 @@ def broadcast_buffers(model):
     """Rank 0's batch-norm statistics for all, so that every process attacks the same model."""
     for buffer in model.buffers() if dist.is_initialized() else ():
         dist.broadcast(buffer, 0)
+
+
+@contextlib.contextmanager
+def run_lock(out_dir):
+    """One process at a time in a run's directory, which is made; ValueError if a living one is there. The kernel frees
+    the lock of a process that dies, however it dies."""
+    pathlib.Path(out_dir).mkdir(parents=True, exist_ok=True)
+    with open(pathlib.Path(out_dir, ".lock"), "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"--out-dir {out_dir}: another process is training there") from None
+        except OSError as error:  # some network file systems
+            print(f"{out_dir} cannot be locked ({error}): do not start a second process there")
+        yield
+
+
+@contextlib.contextmanager
+def deferred_signals(notice="", second=signal.SIG_DFL):
+    """Inside, a first SIGINT or SIGTERM only appends its number to the list that this yields, so that what is at hand
+    can be saved, and prints the notice; another one is handled by `second`, by default it ends the process at once."""
+    received = []
+
+    def note(number, frame):
+        received.append(number)
+        for each in before:
+            signal.signal(each, second)
+        if notice:
+            print(f"\n{notice}", file=sys.stderr)
+
+    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield received
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+class Stopped(Exception):
+    """Of a run that a signal ends: between two steps, or in the attack of one that is given up."""
+
+
+def stoppable(forward, stop):
+    """`forward`, a callable x -> logits, that raises Stopped once `stop` is filled: on a CPU an attack may take
+    minutes, and none of it is kept. Of several processes none may leave the others: there it is `forward` itself."""
+
+    def checked(x):
+        if stop:
+            raise Stopped
+        return forward(x)
+
+    return checked if rank_and_world()[1] == 1 else forward
+
+
+class BothPasses(torch.nn.Module):
+    """(x, x_adv) -> (logits_nat, logits_adv), None for None. x and x_adv go through the model apart, natural first:
+    together they would share their batch statistics. One module, as DistributedDataParallel wants one forward call."""
+
+    def __init__(self, model, forward_pass):
+        super().__init__()
+        self.model, self.forward_pass = model, forward_pass
+
+    def forward(self, x, x_adv):
+        return tuple(None if batch is None else self.forward_pass(batch) for batch in (x, x_adv))
+
+
+def rehearse(model, forward, x, rounds=1, train_passes=0):
+    """The passes over batches like x that are to come: the attack's, and of a training step the forward passes, in the
+    mode that the model is in, and their backward pass. Leaves no trace."""
+    inputs, buffers = x.detach().requires_grad_(), [(buffer, buffer.clone()) for buffer in model.buffers()]
+    try:
+        with torch.random.fork_rng([x.device] if x.is_cuda else []):
+            for _ in range(rounds):
+                with models.frozen(model):
+                    torch.autograd.grad(forward(inputs).float().sum(), inputs)
+                if train_passes:  # grad() and not backward(), which would leave .grad behind
+                    total = sum(forward(x).float().sum() for _ in range(train_passes))
+                    torch.autograd.grad(total, list(model.parameters()))
+    finally:
+        for buffer, before in buffers:
+            buffer.copy_(before)  # in place: a CUDA graph reads it where it lies

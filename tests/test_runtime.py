@@ -12,32 +12,32 @@ from test_train import TINY, without_times
 
 import attacks
 import checkpoints
-import cli
 import eval_attacks
 import losses
 import models
+import runtime
 import train_cifar
 
 
 def test_precision_auto_measures_and_explains():
-    precision, why = cli.pick_precision("auto", torch.device("cpu"))
+    precision, why = runtime.pick_precision("auto", torch.device("cpu"))
     assert precision in ("fp32", "bf16") and "x the speed" in why
-    assert cli.pick_precision("fp32", torch.device("cpu"))[0] == "fp32"
+    assert runtime.pick_precision("fp32", torch.device("cpu"))[0] == "fp32"
 
 
 @pytest.mark.parametrize("ratio, expected, says", [(0.00417, "fp32", "at 0.0042x"), (1.27, "fp32", "at 1.3x"),
                                                    (12.3, "bf16", "at 12x")])
 def test_the_reason_has_two_digits_however_slow_bf16_is(monkeypatch, ratio, expected, says):
     taken = iter((ratio, 1.0))
-    monkeypatch.setattr(cli, "seconds", lambda *_: next(taken))
-    precision, why = cli.pick_precision("auto", torch.device("cpu"))
+    monkeypatch.setattr(runtime, "seconds", lambda *_: next(taken))
+    precision, why = runtime.pick_precision("auto", torch.device("cpu"))
     assert precision == expected and f" {says} the speed" in why
 
 
 def test_bf16_forward_returns_nearly_the_same_logits():
     model, x = models.build_model("wrn-10-1").eval(), torch.rand(4, 3, 32, 32)
     with torch.no_grad():
-        half, full = cli.forward_pass(model, "bf16")(x), cli.forward_pass(model)(x)
+        half, full = runtime.forward_pass(model, "bf16")(x), runtime.forward_pass(model)(x)
     assert half.dtype == torch.bfloat16 and torch.equal(full, model(x).detach())
     assert 0 < (half - full).abs().max() < 0.05 * full.abs().max()
 
@@ -46,7 +46,7 @@ def test_compile_auto_is_on_for_a_long_run_only_and_says_why():
     model, x = models.build_model("wrn-10-1"), torch.rand(2, 3, 32, 32)
     for passes, expected, says in ((3, "off", " seconds, too little"), (10**8, "on", " days, take a GPU"),
                                    (10**10, "on", " months, take a GPU")):
-        chosen, why = cli.pick_compile("auto", model, model, x, passes, "take a GPU")
+        chosen, why = runtime.pick_compile("auto", model, model, x, passes, "take a GPU")
         assert chosen == expected and says in why
     assert model.training and all(p.requires_grad for p in model.parameters())
 
@@ -65,14 +65,14 @@ def test_a_compiler_that_fails_leaves_the_eager_model(fails_in, monkeypatch, cap
 
     monkeypatch.setattr(torch, "compile", broken)
     args = argparse.Namespace(precision="fp32", compile="on")
-    eager, forward = cli.forward_passes(args, model, x, passes=1, train_passes=2)
+    eager, forward = runtime.forward_passes(args, model, x, passes=1, train_passes=2)
     assert capsys.readouterr().out.endswith("compile off: torch.compile failed (RuntimeError): no compiler\n")
     assert args.compile == "off"  # what the checkpoint and the JSON are to say
     assert forward is eager
     with torch.no_grad(), models.frozen(model):
         assert torch.equal(forward(x), model(x))
     args.compile = "on"  # an evaluation does not try what it does not do
-    assert (cli.forward_passes(args, model, x, passes=1)[0] is forward) is False and args.compile == (
+    assert (runtime.forward_passes(args, model, x, passes=1)[0] is forward) is False and args.compile == (
         "on" if fails_in == "train" else "off")
 
 
@@ -86,8 +86,8 @@ def test_cuda_graphs_fall_back_to_compiled_and_that_to_eager(broken, wanted, cam
         asked.append(level)
         return (eager, f"no {level}") if level in broken else (level, "fine")
 
-    monkeypatch.setattr(cli, "compiled_pass", compiled_pass)
-    forward, level, words = cli.fast_pass(None, "eager", argparse.Namespace(is_cuda=True), wanted)
+    monkeypatch.setattr(runtime, "compiled_pass", compiled_pass)
+    forward, level, words = runtime.fast_pass(None, "eager", argparse.Namespace(is_cuda=True), wanted)
     assert (forward, level) == ("eager" if came_of_it == "off" else came_of_it, came_of_it)
     assert asked == tried and words == [f"no {one}" for one in broken] + ["fine"] * (came_of_it != "off")
 
@@ -95,16 +95,16 @@ def test_cuda_graphs_fall_back_to_compiled_and_that_to_eager(broken, wanted, cam
 def test_cuda_graphs_on_a_cpu_are_left_out_and_said(monkeypatch, capsys):
     monkeypatch.setattr(torch, "compile", lambda function, mode, **_: {"default": lambda x: function(x)}[mode])
     args = argparse.Namespace(precision="fp32", compile="graphs")
-    cli.forward_passes(args, models.build_model("wrn-10-1"), torch.rand(2, 3, 32, 32), passes=1)
+    runtime.forward_passes(args, models.build_model("wrn-10-1"), torch.rand(2, 3, 32, 32), passes=1)
     assert args.compile == "on" and "compile on: no CUDA graphs on a CPU; " in capsys.readouterr().out
 
 
 def test_what_fails_in_one_process_is_used_in_none(monkeypatch):
     monkeypatch.setattr(torch, "compile", lambda function, **_: lambda x: function(x))
-    monkeypatch.setattr(cli, "any_process", lambda *flags: [True])
+    monkeypatch.setattr(runtime, "any_process", lambda *flags: [True])
     model, x = models.build_model("wrn-10-1"), torch.rand(2, 3, 32, 32)
-    eager = cli.forward_pass(model)
-    assert cli.fast_pass(model, eager, x, "on") == (eager, "off", ["torch.compile failed in another process"])
+    eager = runtime.forward_pass(model)
+    assert runtime.fast_pass(model, eager, x, "on") == (eager, "off", ["torch.compile failed in another process"])
 
 
 @pytest.mark.parametrize("fails_at", [None, 1, 5])
@@ -129,7 +129,7 @@ def test_a_rehearsal_leaves_no_trace(fails_at):
 
     tensors, *flags = state()
     with pytest.raises(RuntimeError) if fails_at else contextlib.nullcontext():
-        models.rehearse(model, forward, x, rounds=2, train_passes=2)
+        runtime.rehearse(model, forward, x, rounds=2, train_passes=2)
     tensors_now, *flags_now = state()
     assert flags_now == flags and all(torch.equal(a, b) for a, b in zip(tensors_now, tensors, strict=True))
     assert seen == ([(False, True), (True, False), (True, False)] * 2)[:fails_at]
@@ -140,7 +140,7 @@ def test_more_processes_than_gpus(monkeypatch):
         monkeypatch.setattr(torch.cuda, name, lambda value=value: value)
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "1")
     monkeypatch.setenv("LOCAL_RANK", "2")
-    with pytest.raises(ValueError, match="more processes than the 2 GPUs"), cli.join_job("cuda"):
+    with pytest.raises(ValueError, match="more processes than the 2 GPUs"), runtime.join_job("cuda"):
         pass
 
 
@@ -148,12 +148,12 @@ def test_more_processes_than_gpus(monkeypatch):
     ("/dev/null", "cannot be written"), (".", "cannot be written"), ("no/such.json", "folder does not exist")])
 def test_outputs_that_cannot_be_files(path, message):
     with pytest.raises(ValueError, match=message):
-        cli.check_output("--json", path)
+        runtime.check_output("--json", path)
 
 
 @pytest.mark.parametrize("text", ["8/255", "0.031", "1", "1/3"])
 def test_ratios_stay_as_given(text):
-    assert cli.ratio(text) == text
+    assert runtime.ratio(text) == text
 
 
 @pytest.mark.parametrize("compiled", ["off", pytest.param("on", marks=pytest.mark.slow)])
@@ -167,9 +167,9 @@ def test_the_fast_path_computes_what_the_plain_path_computes(compiled):
     plain.to(memory_format=torch.contiguous_format)
     x, y = torch.rand(16, 3, 32, 32, dtype=torch.float64), torch.randint(10, (16,))
     start = attacks.start_perturbation("uniform", x, 8 / 255)
-    forward = cli.forward_pass(fast)
+    forward = runtime.forward_pass(fast)
     if compiled == "on":
-        forward, why = cli.compiled_pass(fast, forward, x)
+        forward, why = runtime.compiled_pass(fast, forward, x)
         assert "to compile" in why
     settings = dict(epsilon=8 / 255, step_size=2 / 255, num_steps=10, random_start=start)
     with models.frozen(plain), models.frozen(fast):
@@ -192,7 +192,7 @@ def test_passes_for_batches_of_many_sizes_are_all_compiled(monkeypatch):
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
     model = SmallNet()
     with torch._dynamo.config.patch(recompile_limit=2, fail_on_recompile_limit_hit=True):
-        found = [cli.fast_pass(model, cli.forward_pass(model), torch.rand(size, 3, 8, 8), "on", train_passes=1)
+        found = [runtime.fast_pass(model, runtime.forward_pass(model), torch.rand(size, 3, 8, 8), "on", train_passes=1)
                  for size in (2, 3, 4, 5)]
     assert [level for _, level, _ in found] == ["on"] * 4
 
@@ -234,7 +234,7 @@ def test_cudnn_times_its_algorithms_where_shapes_are_fixed_only(monkeypatch):
     monkeypatch.setattr(cudnn, "allow_tf32", True)
     monkeypatch.setattr(cudnn, "benchmark", False)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    cli.pick_device("cuda")
+    runtime.pick_device("cuda")
     assert (cudnn.benchmark, cudnn.allow_tf32) == (True, False)
     for allowed in (True, False):
         with attacks.tf32(allowed):
