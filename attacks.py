@@ -128,11 +128,6 @@ def for_autoattack(model):
     return lambda x: model(x.contiguous(memory_format=torch.channels_last)).float()
 
 
-def tf32(allowed):
-    """A context, or a decorator: whether cuDNN may round what float32 convolutions multiply to 10 bits."""
-    return torch.backends.cudnn.flags(enabled=True, benchmark=torch.backends.cudnn.benchmark, allow_tf32=allowed)
-
-
 @contextlib.contextmanager
 def _left_as_found(model, device):
     """Restores what pyautoattack alters: the global random state and the trace function; keeps it from filling the

@@ -10,15 +10,12 @@
 
 import argparse
 import contextlib
-import csv
 import functools
-import io
 import json
 import math
 import os
 import pathlib
 import shlex
-import shutil
 import signal
 import sys
 import time
@@ -57,24 +54,377 @@ DEFAULTS = {
                        weight_decay=5e-4, epsilon="0.031", step_size="0.007", val_size=0),
 }
 SMALLER = "needs a GPU; to try it here: --dataset digits, or --arch wrn-16-2 --epochs 4 --limit-train 10000"
+STOPPING = "stopping: the step at hand is given up, the run is saved; Ctrl-C again ends it at once"
 FREE_ON_RESUME = ("out_dir", "data_dir", "device", "save_minutes")  # these do not alter the result
+SHARES_EVERY = 8  # steps: the two logged shares of examples cost forward passes of their own
+READ_EVERY = {"cpu": 1, "cuda": 10}  # steps: reading a number waits for the GPU, a signal to several processes for it
 
 
-def default_words(name):
-    """What DEFAULTS says of an argument, for the help: "90; digits: 12; rst: 200"."""
-    words = {"None": "none", "True": "on", "False": "off"}
-    found = {of: str(defaults[name]) for of, defaults in DEFAULTS.items() if name in defaults}
-    return "; ".join(("" if of == "all" else f"{of}: ") + words.get(value, value) for of, value in found.items())
+def train(args, checkpoint, train_set, val_set, device, stop=()):
+    """Train from the first step, or from a checkpoint of the run, to the end or until `stop` is filled.
 
+    What comes of it is written into args.out_dir. Returns whether the run is complete.
+    """
+    torch.manual_seed(args.seed)  # for the initial weights; every later draw is a function of (seed, step)
+    model = models.build_model(args.arch, len(train_set.classes)).to(device)
+    run = Run(args, model, train_set, checkpoint)
+    forward = training_pass(run, train_set)
+    if runtime.any_process(stop)[0]:  # while compiling, which the signal may have broken: the directory stays as it was
+        return False
+    with run.prepare_directory(checkpoint), contextlib.suppress(runtime.Stopped):
+        for epoch in range(run.step // run.steps_per_epoch, args.epochs):
+            order = data.batches(len(train_set.labels), args.batch_size, args.seed, epoch, aux_images(args)).to(device)
+            for indices in order[run.step % run.steps_per_epoch :]:
+                run.pause(stop)
+                run.set_rate(learning_rate(args, epoch + 1, run.step / run.total_steps))
+                x, y, start = training_batch(args, train_set, indices, run.step)
+                x_adv = inner_maximisation(model, runtime.stoppable(forward, stop), x, y, start, args)  # Eq. 10
+                shares = sampled_shares(run, forward, x, x_adv, y)  # of the model that was attacked
+                loss, logits_nat, logits_adv = forward_backward(model, forward, x, x_adv, y, args)  # section 3.3
+                runtime.average_gradients(model)
+                run.optimizer.step()
+                run.optimizer.zero_grad(set_to_none=True)  # here: of CUDA graphs no gradient may outlive its own
+                runtime.broadcast_buffers(model)
+                run.count(torch.cat([tally(loss, logits_nat, logits_adv, y), shares]))
+            run.end_epoch(forward, val_set)
+        return True
+    run.save()
+    return False
+
+
+def inner_maximisation(model, forward, x, y, start, args):
+    """Return x_adv by PGD (Eq. 7) on the frozen model, or None in standard training.
+
+    The attack maximises the defense's own objective, or LSCE, which is SPAT (Eq. 10). forward: a callable x -> logits
+    of the model; x (B, C, H, W) in [0, 1]; y (B,); start: a perturbation like x.
+    """
+    if args.defense == "standard":
+        return None
+    objective = INNER[args.defense]
+    if args.spat_alpha is not None:
+        objective = functools.partial(losses.lsce, alpha=args.spat_alpha)  # Eq. 8-9
+    with models.frozen(model):
+        target = y
+        if objective is losses.kl_divergence:
+            target = attacks.probabilities(forward, x)
+        return attacks.pgd(forward, x, target, objective, epsilon=float(Fraction(args.epsilon)), random_start=start,
+                           step_size=float(Fraction(args.step_size)), num_steps=args.num_steps)
+
+
+def forward_backward(model, forward, x, x_adv, y, args):
+    """Leave the gradients of the defense's loss (Eq. 4, section 3.3) in the weights; return (loss, logits_nat,
+    logits_adv), None for logits that the defense does without. x and x_adv go through the model apart, natural first:
+    together they would share their batch statistics."""
+    model.train()
+    logits_nat = None if args.defense == "madry" else forward(x)
+    logits_adv = None if args.defense == "standard" else forward(x_adv)
+    loss = OUTER[args.defense](logits_adv, logits_nat, y, args.beta)
+    loss.backward()
+    return loss.detach(), logits_nat, logits_adv
+
+
+def training_batch(args, train_set, indices, step):
+    """Return (x, y, the attack's start) of one step, augmented. Of several processes each takes its part of what is
+    drawn for all."""
+    rng = data.step_generator(train_set.images.device, args.seed, step)
+    images, y = data.mixed(train_set, indices, aux_images(args), rng)
+    x = data.augment(images, rng, train_set.mirror)
+    start = attacks.start_perturbation(args.random_start, x, float(Fraction(args.epsilon)), rng)
+    rank, world = runtime.rank_and_world()
+    return tuple(drawn.chunk(world)[rank] for drawn in (x, y, start))  # of equal size, as main checks
+
+
+def aux_images(args):
+    """Return how many images of each batch are pseudo-labelled ones."""
+    return round(args.aux_fraction * args.batch_size) if args.aux_data else 0
+
+
+def learning_rate(args, epoch, progress):
+    """Return the rate in the epoch, counted from 1. progress: the share of the whole run that is done, in [0, 1]."""
+    if args.lr_schedule == "cosine":  # RST's
+        return args.lr * 0.5 * (1 + math.cos((epoch - 1) * math.pi / args.epochs))
+    if args.lr_schedule == "onecycle":
+        if progress < 0.3:
+            return args.lr * (0.04 + 0.96 * progress / 0.3)
+        return args.lr * 0.5 * (1 + math.cos((progress - 0.3) / 0.7 * math.pi))
+    first, second = args.lr_milestones  # MART's
+    if epoch >= second:
+        return args.lr * 0.01
+    return args.lr * 0.1 if epoch >= first else args.lr
+
+
+def build_optimizer(model, args):
+    return torch.optim.SGD(model.parameters(), args.lr, args.momentum, weight_decay=args.weight_decay,
+                           nesterov=args.nesterov, fused=True)
+
+
+def training_pass(run, train_set):
+    """Return a callable x -> logits of the model, as fast as --precision and --compile make it for the run's batches.
+    """
+    args = run.args
+    x = data.to_float(train_set.images[torch.arange(args.batch_size // run.world) % len(train_set.labels)])
+    passes_a_step = 2 if args.defense == "standard" else args.num_steps + 4
+    train_passes = 2 if args.defense in ("trades", "mart") else 1
+    passes = (run.total_steps - run.step) * passes_a_step
+    return runtime.forward_pass(args, run.model, x, passes, train_passes, SMALLER)
+
+
+# A run and its directory. ---------------------------------------------------------------------------------------------
+
+
+class Run:
+    """A training run after some of its steps: what is counted, logged, saved and restored.
+
+    It holds no random state, as every draw is a function of (seed, step). Rank 0 alone writes into args.out_dir.
+    checkpoint: what to go on from, or None.
+    """
+
+    def __init__(self, args, model, train_set, checkpoint=None):
+        self.args, self.model, self.classes = args, model, train_set.classes
+        self.optimizer = build_optimizer(model, args)
+        self.device, (self.rank, self.world) = train_set.images.device, runtime.rank_and_world()
+        self.steps_per_epoch = math.ceil(len(train_set.labels) / args.batch_size)
+        self.total_steps = args.epochs * self.steps_per_epoch
+        self.step, self.rows, self.best, self.sums = 0, [], -1.0, torch.zeros(6, device=self.device)
+        self.rate = args.lr
+        if checkpoint is not None:
+            model.load_state_dict(checkpoint["state_dict"])
+            self.optimizer.load_state_dict(checkpoint["optimizer"])
+            self.step, self.rows, self.best = checkpoint["step"], checkpoint["rows"], checkpoint["best"]
+            self.sums = checkpoint["sums"].to(self.device)
+            on = [self.device.type, self.world]
+            if self.rank == 0 and checkpoint["on"] != on:
+                print(f"resumed on {on}, was on {checkpoint['on']}: no longer equal to the bit")
+
+    def checkpoint(self):
+        """Return what is saved. Raises FloatingPointError if the last update, after the loss that is checked, broke
+        the weights."""
+        if not all(parameter.isfinite().all() for parameter in self.model.parameters()):
+            raise FloatingPointError(f"weights are not finite after step {self.step}, lr {self.rate:g}")
+        return {"format": checkpoints.FORMAT, "args": vars(self.args), "classes": self.classes,
+                "epoch": self.step // self.steps_per_epoch, "state_dict": self.model.state_dict(),
+                "optimizer": self.optimizer.state_dict(), "step": self.step, "rows": self.rows, "best": self.best,
+                "sums": self.sums, "on": [self.device.type, self.world]}
+
+    def prepare_directory(self, checkpoint):
+        """Write args.json, and save a new run, so that from its first step on it can be resumed; return the bar.
+
+        Of a resumed run last.prev.pt takes the place of a last.pt that load_run found damaged: else the next save would
+        put that one over the only whole checkpoint.
+        """
+        if self.rank == 0:
+            out_dir = pathlib.Path(self.args.out_dir)
+            checkpoints.write_atomically(out_dir / "args.json", json.dumps(vars(self.args), indent=2).encode())
+            if checkpoint is None:
+                save_run(self.checkpoint(), out_dir)
+            elif checkpoint["damage"]:
+                print(f"{checkpoint['damage']}; going on from the checkpoint before it, last.prev.pt")
+                os.replace(out_dir / "last.prev.pt", out_dir / "last.pt")
+        self.saved = self.epoch_start = time.perf_counter()
+        self.saved_step = self.epoch_first_step = self.step
+        size = self.args.batch_size
+        self.bar = tqdm(total=self.total_steps * size, initial=self.step * size, unit="img", unit_scale=True,
+                        dynamic_ncols=True, mininterval=1.0, disable=self.rank > 0)
+        return self.bar
+
+    def pause(self, stop):
+        """Show, between two steps, how the epoch goes, and save every --save-minutes. Raises Stopped if `stop` is
+        filled."""
+        if self.step % READ_EVERY[self.device.type] and not (stop and self.world == 1):
+            return  # several must agree on when to ask
+        if self.step % self.steps_per_epoch:
+            self.show()
+        late = time.perf_counter() - self.saved > 60 * self.args.save_minutes
+        stop_now, save_now = runtime.any_process(stop, late)
+        if stop_now:
+            raise runtime.Stopped
+        if save_now:
+            self.save()
+
+    def set_rate(self, rate):
+        self.rate = rate
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+
+    def count(self, counts):
+        """Add a step; counts: (6,), this process's tally and shares."""
+        self.sums += runtime.sum_over_processes(counts) / self.world
+        self.step += 1
+        self.bar.update(self.args.batch_size)
+
+    def show(self):
+        """Show the epoch so far on the bar. Raises FloatingPointError if its loss is not finite."""
+        epoch, i = divmod(self.step - 1, self.steps_per_epoch)
+        loss, _, robust = (self.sums[:3] / (i + 1)).tolist()
+        if not math.isfinite(loss):
+            raise FloatingPointError(f"the loss is {loss} by step {self.step} of epoch {epoch + 1}, lr {self.rate:g}")
+        text = f"loss {loss:.3f}"
+        if self.args.defense != "standard":
+            text += f", robust {robust:.1%}"
+        self.bar.set_description(f"epoch {epoch + 1}/{self.args.epochs}", refresh=False)
+        self.bar.set_postfix_str(text, refresh=False)
+
+    def end_epoch(self, forward, val_set):
+        """Validate and log; save the run and, if it is the best so far, best.pt."""
+        self.show()
+        seconds = time.perf_counter() - self.epoch_start
+        images = (self.step - self.epoch_first_step) * self.args.batch_size
+        row = {"epoch": self.step // self.steps_per_epoch, "lr": self.rate}
+        row |= epoch_row(self.args, self.sums.tolist(), self.steps_per_epoch)
+        row |= validate(self.model, forward, val_set, self.args)
+        self.rows.append(row | {"seconds": seconds, "images_per_s": images / seconds})
+        self.sums.zero_()
+        score = row["val_natural_accuracy" if self.args.defense == "standard" else "val_robust_accuracy"]
+        is_best = score is not None and score >= self.best  # of equals the later one, at a lower rate
+        if is_best:
+            self.best = score
+        if self.rank == 0:
+            if is_best:
+                checkpoints.save(self.checkpoint() | {"optimizer": None}, pathlib.Path(self.args.out_dir, "best.pt"))
+            write_log(self.args.out_dir, self.rows)
+            self.bar.write(summary(self.rows, self.args, len(self.classes)))
+        self.epoch_start, self.epoch_first_step = time.perf_counter(), self.step
+        self.save()
+
+    def save(self):
+        if self.rank == 0 and self.step != self.saved_step:
+            save_run(self.checkpoint(), self.args.out_dir)
+        self.saved, self.saved_step = time.perf_counter(), self.step
+
+
+def validate(model, forward, val_set, args):
+    """Return a dict of accuracy and mean cross entropy on the held-out images, natural and by PGD-20; values are None
+    where none are held out."""
+    pgd20 = eval_attacks.make_attack(forward, {
+        "objective": "ce", "epsilon": args.epsilon, "step_size": str(Fraction(args.epsilon) / 10), "num_steps": 20,
+        "random_start": "uniform"})
+    row = {}
+    batch_size = args.batch_size // runtime.rank_and_world()[1]  # the training step's, for which the model is compiled
+    with models.frozen(model):
+        for name, attack in (("natural", None), ("robust", pgd20)):
+            row[f"val_{name}_accuracy"] = row[f"val_{name}_loss"] = None
+            if len(val_set.labels):
+                logits = eval_attacks.attacked_logits(model, val_set.images, val_set.labels, attack, batch_size)
+                row[f"val_{name}_accuracy"] = (logits.argmax(1) == val_set.labels).float().mean().item()
+                row[f"val_{name}_loss"] = losses.cross_entropy(logits, val_set.labels).mean().item()
+    return row
+
+
+def sampled_shares(run, forward, x, x_adv, y):
+    """Return (3,), for the log: losses.spat_counts and of how many examples, of one batch in SHARES_EVERY; else zeros.
+    """
+    if x_adv is None or run.step % run.steps_per_epoch % SHARES_EVERY:
+        return x.new_zeros(3)
+    with models.frozen(run.model):
+        # x wants a gradient, so that a compiled pass is the attack's; double() copies what the next pass may overwrite
+        logits_nat, logits_adv = (forward(batch.detach().requires_grad_()).detach().double() for batch in (x, x_adv))
+    counts = losses.spat_counts(logits_nat, logits_adv, y, run.args.spat_alpha or 0.0)
+    return torch.cat([counts, counts.new_full((1,), len(y))]).float()
+
+
+@torch.no_grad()
+def tally(loss, logits_nat, logits_adv, y):
+    """Return (3,), for the log: the loss, the natural and the robust training accuracy, 0 without logits."""
+    right = [torch.zeros_like(loss) if logits is None else (logits.argmax(1) == y).float().mean()
+             for logits in (logits_nat, logits_adv)]
+    return torch.stack([loss, *right])
+
+
+def epoch_row(args, sums, steps):
+    """Return the log's columns from the epoch's running sums; None, an empty cell, for what the defense does without.
+    """
+    loss, natural, robust, confident, easier, sampled = sums
+    row = dict.fromkeys(("train_loss", "train_natural_accuracy", "train_robust_accuracy",
+                         "share_p_y_above_1_minus_alpha", "share_made_easier"))
+    row["train_loss"] = loss / steps
+    if args.defense != "madry":
+        row["train_natural_accuracy"] = natural / steps
+    if args.defense != "standard":
+        row["train_robust_accuracy"] = robust / steps
+        row["share_made_easier"] = easier / sampled
+        if args.defense != "trades" or args.spat_alpha is not None:
+            row["share_p_y_above_1_minus_alpha"] = confident / sampled
+    return row
+
+
+def summary(rows, args, num_classes):
+    """Return the line on the screen at the end of an epoch, with a warning if a robust accuracy stays at guessing after
+    a third of the epochs."""
+    row = rows[-1]
+    line = f"epoch {row['epoch']}  lr {row['lr']:.4g}  loss {row['train_loss']:.4f}"
+    for name in ("natural", "robust"):
+        if row[f"val_{name}_accuracy"] is not None:
+            line += f"  val {name} {row[f'val_{name}_accuracy']:.2%}"
+    left = runtime.duration((args.epochs - row["epoch"]) * row["seconds"] / 60)
+    line += f"  {row['images_per_s']:.0f} img/s  {left} left"
+    late = [row["val_robust_accuracy"] for row in rows[-3:] if row["epoch"] > args.epochs / 3]
+    if args.defense != "standard" and len(late) == 3 and None not in late and max(late) <= 1.05 / num_classes:
+        line += "\nwarning: the robust accuracy has been at chance for three epochs: is the learning rate too high?"
+    return line
+
+
+def write_log(out_dir, rows):
+    """Write log.csv, and curves.png drawn from it. rows: a dict an epoch, None for an empty cell."""
+    lines = [list(rows[0])]
+    for row in rows:
+        lines.append([f"{value:.6g}" if isinstance(value, float) else value for value in row.values()])
+    text = "\n".join(",".join("" if cell is None else str(cell) for cell in line) for line in lines) + "\n"
+    checkpoints.write_atomically(pathlib.Path(out_dir, "log.csv"), text.encode())
+
+    from matplotlib.figure import Figure  # here, so that loading a model does not wait for it
+
+    figure = Figure(figsize=(9, 3.2), layout="constrained")
+    epochs = [row["epoch"] for row in rows]
+    for axes, unit, scale in zip(figure.subplots(1, 2), ("accuracy", "loss"), (100, 1), strict=True):
+        for name in rows[0]:
+            values = [row[name] for row in rows]
+            if name.endswith(f"_{unit}") and None not in values:
+                style = ".--" if name.startswith("train") else ".-"
+                axes.plot(epochs, [scale * value for value in values], style, label=name.removesuffix(f"_{unit}"))
+        axes.set(xlabel="epoch", ylabel="accuracy (%)" if unit == "accuracy" else "loss")
+        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize=8)
+    checkpoints.write_atomically(pathlib.Path(out_dir, "curves.png"), lambda file: figure.savefig(file, dpi=100))
+
+
+def save_run(checkpoint, out_dir):
+    """Save last.pt; the one before it stays as last.prev.pt. Both are whole at any moment."""
+    last = pathlib.Path(out_dir, "last.pt")
+    if last.exists():
+        checkpoints.write_atomically(last.with_name("last.prev.pt"), last.read_bytes())  # a copy: last.pt stays there
+    checkpoints.save(checkpoint, last)
+
+
+def load_run(out_dir):
+    """Return the newest whole checkpoint of a run, last.pt or else last.prev.pt; its entry "damage" then says why, else
+    it is None. Raises ValueError if there is none."""
+    last, previous = pathlib.Path(out_dir, "last.pt"), pathlib.Path(out_dir, "last.prev.pt")
+    if not last.exists() and not previous.exists():
+        raise ValueError(f"--resume: {out_dir} holds no run (no last.pt)")
+    damage = None
+    try:
+        checkpoint = checkpoints.load(last)
+    except ValueError as error:
+        damage, checkpoint = str(error), checkpoints.load(previous)
+    if not isinstance(checkpoint, dict) or checkpoint.get("format") != checkpoints.FORMAT:
+        raise ValueError(f"--resume: {last} is not a checkpoint of train_cifar.py")
+    for key in ("args", "state_dict", "optimizer", "step", "rows", "best", "sums", "on"):
+        if checkpoint.get(key) is None:
+            raise ValueError(f"--resume: {last} holds no {key}: a best.pt, or of an older version")
+    return checkpoint | {"damage": damage}
+
+
+# Flags. ---------------------------------------------------------------------------------------------------------------
 
 def parse_args(argv=None):
-    """(the parser, the flags that were typed as a dict); what was not typed is not in it."""
+    """Return (the parser, the flags that were typed as a dict); what was not typed is not in it."""
     parser = runtime.Parser(prog="train_cifar.py", description=__doc__)
 
     def group(title):
         def add(flag, help, **settings):
-            default = default_words(flag.removeprefix("--").replace("-", "_"))
-            flags.add_argument(flag, help=help + (f" (default: {default})" if default else ""), **settings)
+            words = default_words(flag.removeprefix("--").replace("-", "_"))
+            flags.add_argument(flag, help=f"{help} (default: {words})" if words else help, **settings)
         flags = parser.add_argument_group(title)
         return add
 
@@ -116,16 +466,27 @@ def parse_args(argv=None):
     return parser, {key: value for key, value in vars(parser.parse_args(argv)).items() if value is not None}
 
 
+def default_words(name):
+    """Return what DEFAULTS says of an argument, for the help: "90; digits: 12; rst: 200"."""
+    words = []
+    for of, defaults in DEFAULTS.items():
+        if name in defaults:
+            value = {"None": "none", "True": "on", "False": "off"}.get(str(defaults[name]), str(defaults[name]))
+            words.append(value if of == "all" else f"{of}: {value}")
+    return "; ".join(words)
+
+
 def with_defaults(typed):
-    """typed plus the defaults of its data set, defense and recipe; ValueError where flags contradict one another."""
+    """Return `typed` and the defaults of its data set, defense and recipe as a namespace. Raises ValueError where flags
+    contradict one another."""
     if "defense" not in typed:
         raise ValueError(f"--defense is required: {', '.join(OUTER)}")
-    args, common = {}, DEFAULTS["all"]
-    dataset, recipe = (typed.get(name, common[name]) for name in ("dataset", "recipe"))
-    named = {"all", typed["defense"], f"recipe {recipe}"}
-    named |= {dataset, f"{dataset} {typed['defense']}"} if dataset in data.NAMED else set()
-    for name, defaults in DEFAULTS.items():
-        args |= defaults if name in named else {}
+    dataset = typed.get("dataset", DEFAULTS["all"]["dataset"])
+    recipe = typed.get("recipe", DEFAULTS["all"]["recipe"])
+    args = {}
+    for name in DEFAULTS:
+        if name in ("all", typed["defense"], dataset, f"{dataset} {typed['defense']}", f"recipe {recipe}"):
+            args.update(DEFAULTS[name])
     args = argparse.Namespace(**args | typed)
     models.parse_arch(args.arch)
     first, second = args.lr_milestones or (0, 0)
@@ -143,396 +504,67 @@ def with_defaults(typed):
     ):
         if wrong:
             raise ValueError(why)
-    first = max(2, math.ceil(args.epochs * 75 / 90))  # below 6 epochs: no first epoch, and no x0.01 before x0.1
-    args.lr_milestones = args.lr_milestones or [first, max(args.epochs, first + 1)]
-    args.step_size = args.step_size or str(Fraction(args.epsilon) / 4)
+    if args.lr_milestones is None:
+        first = max(2, math.ceil(args.epochs * 75 / 90))  # below 6 epochs: no first epoch, and no x0.01 before x0.1
+        args.lr_milestones = [first, max(args.epochs, first + 1)]
+    if args.step_size is None:
+        args.step_size = str(Fraction(args.epsilon) / 4)
     if "out_dir" not in typed:
-        spat = "" if args.spat_alpha is None else f"-spat{args.spat_alpha:g}"
-        name = pathlib.Path(args.dataset).resolve().name if args.dataset not in data.NAMED else args.dataset
-        args.out_dir = f"runs/{name}-{args.arch}-{args.defense}{spat}{'-aux' if args.aux_data else ''}-s{args.seed}"
+        name = args.dataset if args.dataset in data.NAMED else pathlib.Path(args.dataset).resolve().name
+        args.out_dir = f"runs/{name}-{args.arch}-{args.defense}"
+        if args.spat_alpha is not None:
+            args.out_dir += f"-spat{args.spat_alpha:g}"
+        if args.aux_data:
+            args.out_dir += "-aux"
+        args.out_dir += f"-s{args.seed}"
     return args
 
 
-def aux_images(args):
-    return round(args.aux_fraction * args.batch_size) if args.aux_data else 0
-
-
 def new_or_resumed(typed):
-    """(arguments, None or the checkpoint to go on from); ValueError if a run would be overwritten, or altered."""
+    """Return (arguments, None or the checkpoint to go on from). Raises ValueError if a run would be overwritten, or
+    altered."""
     if not typed.get("resume"):
         args = with_defaults(typed)
         if any(pathlib.Path(args.out_dir, name).exists() for name in ("last.pt", "last.prev.pt", "best.pt", "log.csv")):
             raise ValueError(f"--out-dir {args.out_dir} holds a run already: add --resume, or choose another")
         return args, None
     out_dir = typed.get("out_dir") or with_defaults(typed).out_dir
-    state = load_run(out_dir)
-    if missing := vars(with_defaults({"defense": "madry"})).keys() - state["args"].keys():
+    checkpoint = load_run(out_dir)
+    of_run = checkpoint["args"]
+    if missing := vars(with_defaults({"defense": "madry"})).keys() - of_run.keys():
         raise ValueError(f"--resume: {out_dir} is of an older version: it has no {min(missing)}")
     settled = ("resume", True), ("precision", "auto"), ("compile", "auto")
     typed = dict(flag for flag in typed.items() if flag not in settled)
     for key, value in typed.items():
-        of_run = state["args"].get(key)
-        if key not in FREE_ON_RESUME and value != of_run:
-            raise ValueError(f"--resume: --{key.replace('_', '-')} {value} would alter {out_dir}, which has {of_run}")
-    return argparse.Namespace(**state["args"] | typed | {"out_dir": out_dir}), state
-
-
-def learning_rate(args, epoch, progress):
-    """The rate in the epoch, counted from 1; progress: the share of the whole run that is done, in [0, 1]."""
-    first, second = args.lr_milestones
-    return args.lr * {
-        "step": 0.01 if epoch >= second else 0.1 if epoch >= first else 1.0,  # MART's
-        "cosine": 0.5 * (1 + math.cos((epoch - 1) * math.pi / args.epochs)),  # RST's
-        "onecycle": 0.04 + 0.96 * progress / 0.3 if progress < 0.3 else
-        0.5 * (1 + math.cos((progress - 0.3) / 0.7 * math.pi)),
-    }[args.lr_schedule]
-
-
-def build_optimizer(model, args):
-    return torch.optim.SGD(model.parameters(), args.lr, args.momentum, weight_decay=args.weight_decay,
-                           nesterov=args.nesterov, fused=True)
-
-
-def training_passes(run, train_set):
-    """(eager, fast) callables x -> logits of the model; and, by the fast one, both passes of a training step."""
-    args = run.args
-    x = data.to_float(train_set.images[torch.arange(args.batch_size // run.world) % len(train_set.labels)])
-    passes = (run.total_steps - run.step) * (2 if args.defense == "standard" else args.num_steps + 4)
-    eager, fast = runtime.forward_passes(args, run.model, x, passes, 1 + (args.defense in ("trades", "mart")), SMALLER)
-    both = runtime.BothPasses(run.model, fast)
-    if run.world > 1:
-        both = torch.nn.parallel.DistributedDataParallel(both, broadcast_buffers=False)
-    return eager, fast, both
-
-
-def training_batch(args, train_set, indices, step):
-    """(x, y, the attack's start) of one step, augmented; of several processes each takes its part of what is drawn."""
-    rng = data.step_generator(train_set.images.device, args.seed, step)
-    images, y = data.mixed(train_set, indices, aux_images(args), rng)
-    x = data.augment(images, rng, train_set.mirror)
-    start = attacks.start_perturbation(args.random_start, x, float(Fraction(args.epsilon)), rng)
-    rank, world = runtime.rank_and_world()
-    return tuple(drawn.chunk(world)[rank] for drawn in (x, y, start))  # of equal size, as main checks
-
-
-def inner_maximisation(model, fast, x, y, start, args):
-    """x_adv by PGD (Eq. 7) on the frozen model: of the defense's own objective, or of LSCE, SPAT's attack (Eq. 10).
-    None in standard training. fast: a callable x -> logits of the model."""
-    if args.defense == "standard":
-        return None
-    objective, target = INNER[args.defense], y
-    if args.spat_alpha is not None:
-        objective = functools.partial(losses.lsce, alpha=args.spat_alpha)  # Eq. 8-9
-    epsilon, step_size = float(Fraction(args.epsilon)), float(Fraction(args.step_size))
-    with models.frozen(model):
-        if objective is losses.kl_divergence:
-            target = attacks.probabilities(fast, x)
-        return attacks.pgd(fast, x, target, objective, epsilon=epsilon, step_size=step_size,
-                           num_steps=args.num_steps, random_start=start)
-
-
-def outer_minimisation(both_passes, optimizer, x, x_adv, y, args):
-    """One step on the defense's loss, Eq. 4 -> (loss, logits_nat, logits_adv), None for logits that it does without."""
-    both_passes.train()
-    logits_nat, logits_adv = both_passes(None if args.defense == "madry" else x, x_adv)
-    loss = OUTER[args.defense](logits_adv, logits_nat, y, args.beta)
-    loss.backward()
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)  # here: of CUDA graphs no gradient may outlive its own
-    return loss.detach(), logits_nat, logits_adv
-
-
-def train(args, state, train_set, val_set, device, stop=()):
-    """The run from its first step, or from the checkpoint `state`, to its end or until `stop` is filled; written into
-    args.out_dir. Returns whether it is complete."""
-    torch.manual_seed(args.seed)  # for the initial weights; every later draw is a function of (seed, step)
-    model = models.build_model(args.arch, len(train_set.classes)).to(device)
-    run = Run(args, model, build_optimizer(model, args), train_set, state)
-    eager, fast, both_passes = training_passes(run, train_set)
-    if runtime.any_process(stop)[0]:  # while compiling, which the signal may have broken: the directory is left as it was
-        return False
-    with run.prepare_directory(state), contextlib.suppress(runtime.Stopped):
-        for epoch in range(run.step // run.steps_per_epoch, args.epochs):
-            order = data.batches(len(train_set.labels), args.batch_size, args.seed, epoch, aux_images(args)).to(device)
-            for indices in order[run.step % run.steps_per_epoch :]:
-                run.pause(stop)
-                run.set_rate(learning_rate(args, epoch + 1, run.step / run.total_steps))
-                x, y, start = training_batch(args, train_set, indices, run.step)
-                x_adv = inner_maximisation(model, runtime.stoppable(fast, stop), x, y, start, args)
-                shares = sampled_shares(run, eager, x, x_adv, y)  # of the model that was attacked
-                loss, logits_nat, logits_adv = outer_minimisation(both_passes, run.optimizer, x, x_adv, y, args)
-                runtime.broadcast_buffers(model)
-                run.count(torch.cat([tally(loss, logits_nat, logits_adv, y), shares]))
-            run.end_epoch(fast, val_set)
-        return True
-    run.save()
-    return False
-
-
-SHARES_EVERY = 8  # steps: the two logged shares of examples cost forward passes of their own
-READ_EVERY = {"cpu": 1, "cuda": 10}  # steps: reading a number waits for the GPU, a signal to several processes for it
-
-
-def save_run(state, out_dir):
-    """Save last.pt; the one before it stays as last.prev.pt."""
-    last = pathlib.Path(out_dir, "last.pt")
-    if last.exists():
-        # a hard link and not a rename: last.pt is there at any moment
-        link = last.with_name(".last.prev.tmp")
-        link.unlink(missing_ok=True)
-        try:
-            os.link(last, link)
-        except OSError:  # exFAT, mounted drives
-            shutil.copyfile(last, link)
-        os.replace(link, last.with_name("last.prev.pt"))
-        link.unlink(missing_ok=True)  # it stays where both names were one file already, after a failed save
-    checkpoints.save(state, last)
+        if key not in FREE_ON_RESUME and value != of_run.get(key):
+            flag = "--" + key.replace("_", "-")
+            raise ValueError(f"--resume: {flag} {value} would alter {out_dir}, which has {of_run.get(key)}")
+    return argparse.Namespace(**of_run | typed | {"out_dir": out_dir}), checkpoint
 
 
 def describe_checkpoints(out_dir):
-    """What a failed run leaves to go on from, in words."""
-    names = [str(path) for name in ("last.pt", "last.prev.pt") if (path := pathlib.Path(out_dir, name)).exists()]
+    """Return what a failed run leaves to go on from, in words."""
+    paths = [pathlib.Path(out_dir, name) for name in ("last.pt", "last.prev.pt")]
+    names = [str(path) for path in paths if path.exists()]
     return f"the last checkpoints are {' and '.join(names)}" if names else "no checkpoint was written yet"
 
 
 def what_next(args, complete):
-    """The last words of a run: the command that evaluates it, or how a stopped one goes on."""
+    """Return the last words of a run: the command that evaluates it, or how a stopped one goes on."""
+    out_dir = pathlib.Path(args.out_dir)
     if complete:
-        best = f"{args.out_dir}/{'best' if args.val_size else 'last'}.pt"
-        return f"python eval_attacks.py --model-path {shlex.quote(best)}"
-    if not pathlib.Path(args.out_dir, "last.pt").exists():
+        model_path = out_dir / ("best.pt" if args.val_size else "last.pt")
+        return f"python eval_attacks.py --model-path {shlex.quote(str(model_path))}"
+    if not (out_dir / "last.pt").exists():
         return "stopped before the first step, nothing to save; the same command starts again"
     return f"stopped and saved; go on with\npython train_cifar.py --resume --out-dir {shlex.quote(args.out_dir)}"
-
-
-def load_run(out_dir):
-    """The newest whole checkpoint of a run, last.pt or else last.prev.pt (then "damage" says why, else None); raises
-    ValueError if there is none."""
-    folder = pathlib.Path(out_dir)
-    if not (folder / "last.pt").exists() and not (folder / "last.prev.pt").exists():
-        raise ValueError(f"--resume: {out_dir} holds no run (no last.pt)")
-    damage = None
-    try:
-        state = checkpoints.load(folder / "last.pt")
-    except ValueError as error:
-        damage, state = str(error), checkpoints.load(folder / "last.prev.pt")
-    if not isinstance(state, dict) or state.get("format") != checkpoints.FORMAT:
-        raise ValueError(f"--resume: {out_dir}/last.pt is not a checkpoint of train_cifar.py")
-    needed = ("args", "state_dict", "optimizer", "step", "rows", "best", "sums", "on")
-    if missing := [key for key in needed if state.get(key) is None]:
-        raise ValueError(f"--resume: {out_dir}/last.pt holds no {missing[0]}: a best.pt, or of an older version")
-    return state | {"damage": damage}
-
-
-class Run:
-    """A training run after some of its steps: what is counted, logged, saved and restored. Rank 0 alone writes into
-    args.out_dir. state: the checkpoint to go on from, or None: weights, momentum, step, log and the epoch's sums. It
-    holds no random state, as every draw is a function of (seed, step)."""
-
-    def __init__(self, args, model, optimizer, train_set, state=None):
-        self.args, self.model, self.optimizer, self.classes = args, model, optimizer, train_set.classes
-        self.device, (self.rank, self.world) = train_set.images.device, runtime.rank_and_world()
-        self.steps_per_epoch = math.ceil(len(train_set.labels) / args.batch_size)
-        self.total_steps = args.epochs * self.steps_per_epoch
-        self.step, self.rows, self.best, self.sums = 0, [], -1.0, torch.zeros(6, device=self.device)
-        self.rate = args.lr
-        if state is not None:
-            model.load_state_dict(state["state_dict"])
-            optimizer.load_state_dict(state["optimizer"])
-            self.step, self.rows, self.best = state["step"], state["rows"], state["best"]
-            self.sums = state["sums"].to(self.device)
-            if self.rank == 0 and state["on"] != [self.device.type, self.world]:
-                print(f"resumed on {[self.device.type, self.world]}, was on {state['on']}: no longer equal to the bit")
-
-    def checkpoint(self):
-        """What is saved. FloatingPointError if the last update, after the loss that is checked, broke the weights."""
-        if not all(parameter.isfinite().all() for parameter in self.model.parameters()):
-            raise FloatingPointError(f"weights are not finite after step {self.step}, lr {self.rate:g}")
-        return {"format": checkpoints.FORMAT, "args": vars(self.args), "classes": self.classes,
-                "epoch": self.step // self.steps_per_epoch, "state_dict": self.model.state_dict(),
-                "optimizer": self.optimizer.state_dict(), "step": self.step, "rows": self.rows, "best": self.best,
-                "sums": self.sums, "on": [self.device.type, self.world]}
-
-    def prepare_directory(self, state):
-        """Write args.json, and save a new run, so that from its first step on it can be resumed. Of a resumed one, put
-        last.prev.pt in the place of a last.pt that load_run found damaged: the next save would put that one over the
-        only whole checkpoint. Returns the run's bar, a context."""
-        if self.rank == 0:
-            out_dir = pathlib.Path(self.args.out_dir)
-            checkpoints.write_atomically(out_dir / "args.json", json.dumps(vars(self.args), indent=2).encode())
-            if state is None:
-                save_run(self.checkpoint(), out_dir)
-            elif state["damage"]:
-                print(f"{state['damage']}; going on from the checkpoint before it, last.prev.pt")
-                os.replace(out_dir / "last.prev.pt", out_dir / "last.pt")
-        self.saved = self.epoch_start = time.perf_counter()
-        self.saved_step = self.epoch_first_step = self.step
-        size = self.args.batch_size
-        self.bar = tqdm(total=self.total_steps * size, initial=self.step * size, unit="img", unit_scale=True,
-                        dynamic_ncols=True, mininterval=1.0, disable=self.rank > 0)
-        return self.bar
-
-    def save(self):
-        if self.rank == 0 and self.step != self.saved_step:
-            save_run(self.checkpoint(), self.args.out_dir)
-        self.saved, self.saved_step = time.perf_counter(), self.step
-
-    def pause(self, stop):
-        """Between two steps: shows how the epoch goes, saves every --save-minutes, raises Stopped if `stop` is filled.
-        """
-        if self.step % READ_EVERY[self.device.type] and not (stop and self.world == 1):
-            return  # several must agree on when to ask
-        if self.step % self.steps_per_epoch:
-            self.show()
-        late = time.perf_counter() - self.saved > 60 * self.args.save_minutes
-        stop_now, save_now = runtime.any_process(stop, late)
-        if stop_now:
-            raise runtime.Stopped
-        if save_now:
-            self.save()
-
-    def show(self):
-        """The epoch so far on the bar; raises FloatingPointError if its loss is not finite."""
-        epoch, i = divmod(self.step - 1, self.steps_per_epoch)
-        loss, _, robust = (self.sums[:3] / (i + 1)).tolist()
-        if not math.isfinite(loss):
-            raise FloatingPointError(f"the loss is {loss} by step {self.step} of epoch {epoch + 1}, "
-                                     f"lr {self.rate:g}")
-        self.bar.set_description(f"epoch {epoch + 1}/{self.args.epochs}", refresh=False)
-        robust = f", robust {robust:.1%}" if self.args.defense != "standard" else ""
-        self.bar.set_postfix_str(f"loss {loss:.3f}{robust}", refresh=False)
-
-    def set_rate(self, rate):
-        self.rate = rate
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
-
-    def count(self, counts):
-        """Add a step; counts: (6,), this process's tally and shares."""
-        self.sums += runtime.sum_over_processes(counts) / self.world
-        self.step += 1
-        self.bar.update(self.args.batch_size)
-
-    def end_epoch(self, forward, val_set):
-        """Validate and log; save the run and, if it is the best so far, best.pt."""
-        self.show()
-        standard, seconds = self.args.defense == "standard", time.perf_counter() - self.epoch_start
-        images = (self.step - self.epoch_first_step) * self.args.batch_size
-        row = epoch_row(self.args, self.sums.tolist(), self.steps_per_epoch)
-        row = {"epoch": self.step // self.steps_per_epoch, "lr": self.rate} | row
-        row |= validate(self.model, forward, val_set, self.args)
-        self.rows.append(row | {"seconds": seconds, "images_per_s": images / seconds})
-        self.sums.zero_()
-        score = row["val_natural_accuracy" if standard else "val_robust_accuracy"]
-        if is_best := score is not None and score >= self.best:  # of equals the later one, at a lower rate
-            self.best = score
-        if self.rank == 0:
-            if is_best:
-                checkpoints.save(self.checkpoint() | {"optimizer": None}, pathlib.Path(self.args.out_dir, "best.pt"))
-            write_log(self.args.out_dir, self.rows)
-            self.bar.write(summary(self.rows, self.args, len(self.classes)))
-        self.epoch_start, self.epoch_first_step = time.perf_counter(), self.step
-        self.save()
-
-
-def validate(model, forward, val, args):
-    """Accuracy and mean cross entropy on the held-out images, a dict: natural and by eval_attacks.py's PGD-20."""
-    pgd20 = eval_attacks.make_attack(forward, {
-        "objective": "ce", "epsilon": args.epsilon, "step_size": str(Fraction(args.epsilon) / 10), "num_steps": 20,
-        "random_start": "uniform"})
-    row = dict.fromkeys(f"val_{name}_{what}" for name in ("natural", "robust") for what in ("accuracy", "loss"))
-    batch_size = args.batch_size // runtime.rank_and_world()[1]  # the training step's, for which the model is compiled
-    with models.frozen(model):
-        for name, attack in (("natural", None), ("robust", pgd20)) if len(val.labels) else ():
-            logits = eval_attacks.attacked_logits(model, val.images, val.labels, attack, batch_size)
-            row[f"val_{name}_accuracy"] = (logits.argmax(1) == val.labels).float().mean().item()
-            row[f"val_{name}_loss"] = losses.cross_entropy(logits, val.labels).mean().item()
-    return row
-
-
-def write_log(out_dir, rows):
-    """log.csv, and curves.png drawn from it; rows: a dict an epoch, None for an empty cell."""
-    text = io.StringIO()
-    writer = csv.DictWriter(text, rows[0])
-    writer.writeheader()
-    writer.writerows({key: f"{v:.6g}" if isinstance(v, float) else v for key, v in row.items()} for row in rows)
-    checkpoints.write_atomically(pathlib.Path(out_dir) / "log.csv", text.getvalue().encode())
-
-    from matplotlib.figure import Figure  # here, so that loading a model does not wait for it
-
-    figure = Figure(figsize=(9, 3.2), layout="constrained")
-    axes = figure.subplots(1, 2)
-    epochs = [row["epoch"] for row in rows]
-    for ax, unit, scale, names in (
-        (axes[0], "accuracy (%)", 100, [f"{part}_{kind}_accuracy" for part in ("train", "val")
-                                        for kind in ("natural", "robust")]),
-        (axes[1], "loss", 1, ["train_loss", "val_natural_loss", "val_robust_loss"]),
-    ):
-        for name in names:
-            values = [row[name] for row in rows]
-            if None not in values:
-                style = ".--" if name.startswith("train") else ".-"
-                label = name.replace("_accuracy", "").replace("_", " ")
-                ax.plot(epochs, [scale * v for v in values], style, label=label)
-        ax.set(xlabel="epoch", ylabel=unit)
-        ax.xaxis.get_major_locator().set_params(integer=True)
-        ax.grid(alpha=0.3)
-        ax.legend(fontsize=8)
-    image = io.BytesIO()
-    figure.savefig(image, dpi=100)
-    checkpoints.write_atomically(pathlib.Path(out_dir) / "curves.png", image.getvalue())
-
-
-@torch.no_grad()
-def sampled_shares(run, eager, x, x_adv, y):
-    """For the log, of one batch in SHARES_EVERY: (3,), losses.spat_counts and of how many examples; else zeros."""
-    if x_adv is None or run.step % run.steps_per_epoch % SHARES_EVERY:
-        return x.new_zeros(3)
-    with models.frozen(run.model):
-        counts = losses.spat_counts(eager(x), eager(x_adv), y, run.args.spat_alpha or 0.0)
-    return torch.cat([counts, counts.new_full((1,), len(y))]).float()
-
-
-@torch.no_grad()
-def tally(loss, logits_nat, logits_adv, y):
-    """More of it: (3,) the loss; the natural and the robust training accuracy, 0 without logits."""
-    right = [torch.zeros_like(loss) if logits is None else (logits.argmax(1) == y).float().mean()
-             for logits in (logits_nat, logits_adv)]
-    return torch.stack([loss, *right])
-
-
-def epoch_row(args, sums, steps):
-    """The log's columns from the epoch's running sums; None, an empty cell, for what the defense does not have."""
-    loss, natural, robust, confident, easier, sampled = sums
-    has_alpha = sampled and (args.defense != "trades" or args.spat_alpha is not None)
-    return {"train_loss": loss / steps,
-            "train_natural_accuracy": natural / steps if args.defense != "madry" else None,
-            "train_robust_accuracy": robust / steps if sampled else None,
-            "share_p_y_above_1_minus_alpha": confident / sampled if has_alpha else None,
-            "share_made_easier": easier / sampled if sampled else None}
-
-
-def summary(rows, args, num_classes):
-    """The lines on the screen at the end of an epoch; with a warning if a robust accuracy stays at guessing after a
-    third of the epochs."""
-    row = rows[-1]
-    parts = [f"epoch {row['epoch']}", f"lr {row['lr']:.4g}", f"loss {row['train_loss']:.4f}"]
-    for name in ("natural", "robust"):
-        if row[f"val_{name}_accuracy"] is not None:
-            parts.append(f"val {name} {row[f'val_{name}_accuracy']:.2%}")
-    left = runtime.duration((args.epochs - row["epoch"]) * row["seconds"] / 60)
-    line = "  ".join([*parts, f"{row['images_per_s']:.0f} img/s", f"{left} left"])
-    late = [row["val_robust_accuracy"] for row in rows[-3:] if row["epoch"] > args.epochs / 3]
-    if args.defense != "standard" and len(late) == 3 and None not in late and max(late) <= 1.05 / num_classes:
-        line += "\nwarning: the robust accuracy has been at chance for three epochs: is the learning rate too high?"
-    return line
 
 
 def main(argv=None):
     parser, typed = parse_args(argv)
     with contextlib.ExitStack() as stack:
         try:
-            args, state = new_or_resumed(typed)  # for all that can be wrong with the flags
+            args, checkpoint = new_or_resumed(typed)  # for all that can be wrong with the flags
             device, rank, world = stack.enter_context(runtime.join_job(args.device))
             if args.batch_size % world:
                 raise ValueError(f"--batch-size {args.batch_size} cannot be split evenly over {world} processes")
@@ -545,13 +577,13 @@ def main(argv=None):
                 stack.enter_context(runtime.run_lock(args.out_dir))
                 print(f"{args.dataset}: {len(train_set.labels)} images to train on, {len(val_set.labels)} held out")
             runtime.barrier()  # the lock is held: until now another run may have saved there, or begun
-            args, state = new_or_resumed(typed)
+            args, checkpoint = new_or_resumed(typed)
             runtime.barrier()  # all have looked before one writes
         except (ValueError, OSError) as error:
             parser.error(error)
-        stop = stack.enter_context(runtime.deferred_signals(runtime.STOPPING if rank == 0 else ""))
+        stop = stack.enter_context(runtime.deferred_signals(STOPPING if rank == 0 else ""))
         try:
-            complete = train(args, state, train_set.to(device), val_set.to(device), device, stop)
+            complete = train(args, checkpoint, train_set.to(device), val_set.to(device), device, stop)
         except (FloatingPointError, *runtime.FAULTS) as error:
             sys.exit(f"{parser.prog}: {error}; {describe_checkpoints(args.out_dir)}")
         if rank == 0:

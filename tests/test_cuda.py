@@ -41,15 +41,17 @@ def five_steps(defense, level):
     model = models.build_model("wrn-10-1").to(DEVICE, torch.float64)
     args = train_cifar.with_defaults({"defense": defense, "arch": "wrn-10-1", "num_steps": 3, "batch_size": 16})
     x = torch.rand(16, 3, 32, 32, dtype=torch.float64).to(DEVICE, memory_format=torch.channels_last)
-    y, eager = torch.randint(10, (16,)).to(DEVICE), runtime.forward_pass(model)
+    y, eager = torch.randint(10, (16,)).to(DEVICE), runtime.plain_pass(model)
     before = torch.cat([p.detach().flatten() for p in model.parameters()])
     forward, came_of_it, words = runtime.fast_pass(model, eager, x, level, 1 + (defense != "madry"))
     assert came_of_it == level, words
-    both, optimizer = runtime.BothPasses(model, forward), train_cifar.build_optimizer(model, args)
+    optimizer = train_cifar.build_optimizer(model, args)
     for _ in range(5):
         start = 0.001 * torch.randn(x.shape, dtype=torch.float64).to(DEVICE, memory_format=torch.channels_last)
         x_adv = train_cifar.inner_maximisation(model, forward, x, y, start, args)
-        train_cifar.outer_minimisation(both, optimizer, x, x_adv, y, args)
+        train_cifar.forward_backward(model, forward, x, x_adv, y, args)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
     return torch.cat([p.detach().flatten() for p in model.parameters()]) - before
 
 
@@ -95,7 +97,7 @@ def test_ten_thousand_images_need_the_memory_of_the_first(level):
     model, used = models.build_model("wrn-10-1").to(DEVICE).eval(), []
     images = torch.rand(250, 3, 32, 32).to(DEVICE, memory_format=torch.channels_last)
     y = torch.randint(10, (250,)).to(DEVICE)
-    forward, came_of_it, words = runtime.fast_pass(model, runtime.forward_pass(model, "bf16"), images, level)
+    forward, came_of_it, words = runtime.fast_pass(model, runtime.plain_pass(model, "bf16"), images, level)
     assert came_of_it == level, words
     with models.frozen(model):
         for _ in range(40):

@@ -97,7 +97,7 @@ def test_all_processes_end_where_another_holds_the_lock(tmp_path):
 
 @pytest.mark.slow
 def test_a_compiled_pass_changes_nothing_and_is_used_by_all_or_none(tmp_path):
-    """torch compiles differently inside DistributedDataParallel; here all graphs are made before it is there."""
+    """All or none: of two processes the one that compiled would do other arithmetic."""
     weights, said = {}, {}
     for mode, level in (("observe", "off"), ("traced", "on"), ("half-compiled", "on")):
         (tmp_path / mode).mkdir()

@@ -174,13 +174,13 @@ def test_the_loss_sees_the_pseudo_labels(tmp_path, monkeypatch):
     """Half of what the training step is given are the file's images (crops of them) with the file's labels."""
     arrays = made() | {"data": np.full((30, 32, 32, 3), 255, np.uint8), "extrapolated_targets": np.full(30, 7)}
     np.savez(tmp_path / "aux.npz", **arrays)
-    seen, real = [], train_cifar.outer_minimisation
+    seen, real = [], train_cifar.forward_backward
 
-    def spy(both, optimizer, x, x_adv, y, args):
+    def spy(model, forward, x, x_adv, y, args):
         seen.append((x[:, :, 12:20, 12:20].mean((1, 2, 3)) == 1, y))
-        return real(both, optimizer, x, x_adv, y, args)
+        return real(model, forward, x, x_adv, y, args)
 
-    monkeypatch.setattr(train_cifar, "outer_minimisation", spy)
+    monkeypatch.setattr(train_cifar, "forward_backward", spy)
     train_cifar.main(["--defense", "trades", *TINY, "--aux-data", str(tmp_path / "aux.npz"), "--aux-fraction", "0.25",
                       "--out-dir", str(tmp_path / "run")])
     for white, y in seen:
@@ -227,7 +227,7 @@ def test_a_gpu_out_of_memory_while_labelling_ends_in_one_line(model_path, tmp_pa
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     np.savez(tmp_path / "x.npz", data=np.zeros((3, 32, 32, 3), np.uint8))
-    monkeypatch.setattr(pseudo_label.scores, "attacked_logits", full)
+    monkeypatch.setattr(pseudo_label.eval_attacks, "attacked_logits", full)
     with pytest.raises(SystemExit, match="^pseudo_label.py: CUDA out of memory$"):
         pseudo_label.main(["--model-path", str(model_path), "--images", str(tmp_path / "x.npz"),
                            "--output", str(tmp_path / "o.npz")])

@@ -29,7 +29,7 @@ def test_precision_auto_measures_and_explains():
                                                    (12.3, "bf16", "at 12x")])
 def test_the_reason_has_two_digits_however_slow_bf16_is(monkeypatch, ratio, expected, says):
     taken = iter((ratio, 1.0))
-    monkeypatch.setattr(runtime, "seconds", lambda *_: next(taken))
+    monkeypatch.setattr(runtime, "shortest_seconds", lambda *_: next(taken))
     precision, why = runtime.pick_precision("auto", torch.device("cpu"))
     assert precision == expected and f" {says} the speed" in why
 
@@ -37,7 +37,7 @@ def test_the_reason_has_two_digits_however_slow_bf16_is(monkeypatch, ratio, expe
 def test_bf16_forward_returns_nearly_the_same_logits():
     model, x = models.build_model("wrn-10-1").eval(), torch.rand(4, 3, 32, 32)
     with torch.no_grad():
-        half, full = runtime.forward_pass(model, "bf16")(x), runtime.forward_pass(model)(x)
+        half, full = runtime.plain_pass(model, "bf16")(x), runtime.plain_pass(model)(x)
     assert half.dtype == torch.bfloat16 and torch.equal(full, model(x).detach())
     assert 0 < (half - full).abs().max() < 0.05 * full.abs().max()
 
@@ -65,15 +65,15 @@ def test_a_compiler_that_fails_leaves_the_eager_model(fails_in, monkeypatch, cap
 
     monkeypatch.setattr(torch, "compile", broken)
     args = argparse.Namespace(precision="fp32", compile="on")
-    eager, forward = runtime.forward_passes(args, model, x, passes=1, train_passes=2)
+    forward = runtime.forward_pass(args, model, x, passes=1, train_passes=2)
     assert capsys.readouterr().out.endswith("compile off: torch.compile failed (RuntimeError): no compiler\n")
     assert args.compile == "off"  # what the checkpoint and the JSON are to say
-    assert forward is eager
+    assert forward.__name__ == "forward"  # plain_pass's, and not call
     with torch.no_grad(), models.frozen(model):
         assert torch.equal(forward(x), model(x))
     args.compile = "on"  # an evaluation does not try what it does not do
-    assert (runtime.forward_passes(args, model, x, passes=1)[0] is forward) is False and args.compile == (
-        "on" if fails_in == "train" else "off")
+    runtime.forward_pass(args, model, x, passes=1)
+    assert args.compile == ("on" if fails_in == "train" else "off")
 
 
 @pytest.mark.parametrize("broken, wanted, came_of_it, tried", [
@@ -82,20 +82,23 @@ def test_a_compiler_that_fails_leaves_the_eager_model(fails_in, monkeypatch, cap
 def test_cuda_graphs_fall_back_to_compiled_and_that_to_eager(broken, wanted, came_of_it, tried, monkeypatch):
     asked = []
 
-    def compiled_pass(model, eager, x, level, train_passes):
+    def compile_and_try(model, plain, x, level, train_passes):
         asked.append(level)
-        return (eager, f"no {level}") if level in broken else (level, "fine")
+        if level in broken:
+            raise RuntimeError(f"no {level}")
+        return level
 
-    monkeypatch.setattr(runtime, "compiled_pass", compiled_pass)
+    monkeypatch.setattr(runtime, "compile_and_try", compile_and_try)
     forward, level, words = runtime.fast_pass(None, "eager", argparse.Namespace(is_cuda=True), wanted)
     assert (forward, level) == ("eager" if came_of_it == "off" else came_of_it, came_of_it)
-    assert asked == tried and words == [f"no {one}" for one in broken] + ["fine"] * (came_of_it != "off")
+    said = [f"torch.compile failed (RuntimeError): no {one}" for one in broken]
+    assert asked == tried and words == said + ["0 s to compile and try"] * (came_of_it != "off")
 
 
 def test_cuda_graphs_on_a_cpu_are_left_out_and_said(monkeypatch, capsys):
     monkeypatch.setattr(torch, "compile", lambda function, mode, **_: {"default": lambda x: function(x)}[mode])
     args = argparse.Namespace(precision="fp32", compile="graphs")
-    runtime.forward_passes(args, models.build_model("wrn-10-1"), torch.rand(2, 3, 32, 32), passes=1)
+    runtime.forward_pass(args, models.build_model("wrn-10-1"), torch.rand(2, 3, 32, 32), passes=1)
     assert args.compile == "on" and "compile on: no CUDA graphs on a CPU; " in capsys.readouterr().out
 
 
@@ -103,7 +106,7 @@ def test_what_fails_in_one_process_is_used_in_none(monkeypatch):
     monkeypatch.setattr(torch, "compile", lambda function, **_: lambda x: function(x))
     monkeypatch.setattr(runtime, "any_process", lambda *flags: [True])
     model, x = models.build_model("wrn-10-1"), torch.rand(2, 3, 32, 32)
-    eager = runtime.forward_pass(model)
+    eager = runtime.plain_pass(model)
     assert runtime.fast_pass(model, eager, x, "on") == (eager, "off", ["torch.compile failed in another process"])
 
 
@@ -167,10 +170,9 @@ def test_the_fast_path_computes_what_the_plain_path_computes(compiled):
     plain.to(memory_format=torch.contiguous_format)
     x, y = torch.rand(16, 3, 32, 32, dtype=torch.float64), torch.randint(10, (16,))
     start = attacks.start_perturbation("uniform", x, 8 / 255)
-    forward = runtime.forward_pass(fast)
+    forward = runtime.plain_pass(fast)
     if compiled == "on":
-        forward, why = runtime.compiled_pass(fast, forward, x)
-        assert "to compile" in why
+        forward = runtime.compile_and_try(fast, forward, x, "on")
     settings = dict(epsilon=8 / 255, step_size=2 / 255, num_steps=10, random_start=start)
     with models.frozen(plain), models.frozen(fast):
         expected = attacks.pgd(plain, x, y, losses.cross_entropy, **settings)
@@ -192,7 +194,7 @@ def test_passes_for_batches_of_many_sizes_are_all_compiled(monkeypatch):
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
     model = SmallNet()
     with torch._dynamo.config.patch(recompile_limit=2, fail_on_recompile_limit_hit=True):
-        found = [runtime.fast_pass(model, runtime.forward_pass(model), torch.rand(size, 3, 8, 8), "on", train_passes=1)
+        found = [runtime.fast_pass(model, runtime.plain_pass(model), torch.rand(size, 3, 8, 8), "on", train_passes=1)
                  for size in (2, 3, 4, 5)]
     assert [level for _, level, _ in found] == ["on"] * 4
 
@@ -237,7 +239,7 @@ def test_cudnn_times_its_algorithms_where_shapes_are_fixed_only(monkeypatch):
     runtime.pick_device("cuda")
     assert (cudnn.benchmark, cudnn.allow_tf32) == (True, False)
     for allowed in (True, False):
-        with attacks.tf32(allowed):
+        with runtime.tf32_convolutions(allowed):
             with attacks._left_as_found(None, torch.device("cpu")):
                 assert (cudnn.benchmark, cudnn.allow_tf32, cudnn.enabled) == (False, allowed, True)
             assert (cudnn.benchmark, cudnn.allow_tf32) == (True, allowed)

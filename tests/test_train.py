@@ -1,7 +1,6 @@
 """The trainer: defaults, schedules, bad input, a run end to end, and resume."""
 
 import argparse
-import copy
 import csv
 import json
 import math
@@ -209,24 +208,6 @@ def test_trades_target_is_of_the_callable_that_is_attacked(small_net, images):
     assert torch.equal(x_adv, same) and not torch.equal(x_adv, other)
 
 
-def test_a_step_leaves_no_gradient_and_the_weights_of_the_textbook_order(small_net, images):
-    """zero_grad after the step in place of before the loss: to the bit."""
-    x, y = images
-    args, textbook = arguments("--defense", "mart"), copy.deepcopy(small_net).train()
-    before = copy.deepcopy(small_net)
-    both = runtime.BothPasses(small_net, small_net)
-    optimizer, theirs = (train_cifar.build_optimizer(net, args) for net in (small_net, textbook))
-    for x_adv in ((x + 0.03).clamp(0, 1), (x - 0.03).clamp(0, 1)):
-        train_cifar.outer_minimisation(both, optimizer, x, x_adv, y, args)
-        assert all(p.grad is None for p in small_net.parameters())
-        theirs.zero_grad()
-        natural, adversarial = textbook(x), textbook(x_adv)
-        losses.mart_loss(adversarial, natural, y, args.beta).backward()
-        theirs.step()
-    for p, q, r in zip(small_net.parameters(), textbook.parameters(), before.parameters(), strict=True):
-        assert torch.equal(p, q) and not torch.equal(p, r)
-
-
 def test_no_held_out_images_no_best(tmp_path):
     train_cifar.main(["--defense", "madry", *TINY, "--val-size", "0", "--out-dir", str(tmp_path)])
     assert (tmp_path / "last.pt").exists() and not (tmp_path / "best.pt").exists()
@@ -325,7 +306,7 @@ def test_a_signal_gives_up_the_step_saves_and_says_how_to_go_on(tmp_path, monkey
         train_cifar.main([*argv, "--out-dir", str(tmp_path / "cut")])
     assert exit_info.value.code == status and len(calls) == 2
     out, err = capsys.readouterr()
-    assert runtime.STOPPING in err
+    assert train_cifar.STOPPING in err
     command = out.strip().splitlines()[-1]
     assert command == f"python train_cifar.py --resume --out-dir {tmp_path / 'cut'}"
     assert checkpoints.load(tmp_path / "cut/last.pt")["step"] == 1  # the attack of the second was given up
@@ -343,7 +324,7 @@ def test_a_signal_while_compiling_leaves_the_directory_as_it_was(tmp_path, monke
         train_cifar.main(argv)
         argv = ["--resume", "--out-dir", str(tmp_path), "--compile", "auto"]
     before = {path: path.read_bytes() for path in tmp_path.glob("[!.]*")}
-    real = runtime.forward_passes
+    real = runtime.forward_pass
 
     def broken(args, *rest):
         signal.raise_signal(signal.SIGINT)
@@ -351,20 +332,20 @@ def test_a_signal_while_compiling_leaves_the_directory_as_it_was(tmp_path, monke
         args.compile = "on"  # what came of it, as the real one writes it, is another level now
         return passes
 
-    monkeypatch.setattr(runtime, "forward_passes", broken)
+    monkeypatch.setattr(runtime, "forward_pass", broken)
     with pytest.raises(SystemExit) as exit_info:
         train_cifar.main(argv)
     assert exit_info.value.code == 130
     assert {path: path.read_bytes() for path in tmp_path.glob("[!.]*")} == before
     says = "go on with\npython train_cifar.py --resume" if resumed else "the same command starts again"
     assert says in capsys.readouterr().out
-    monkeypatch.setattr(runtime, "forward_passes", real)
+    monkeypatch.setattr(runtime, "forward_pass", real)
     train_cifar.main(argv)
     assert (tmp_path / "last.pt").exists()
 
 
 def test_a_second_signal_ends_the_process_at_once():
-    code = """import signal, rundir
+    code = """import signal, runtime
 with runtime.deferred_signals("stopping") as received:
     signal.raise_signal(signal.SIGINT)
     print(received, flush=True)
@@ -473,7 +454,7 @@ def test_a_gpu_out_of_memory_ends_in_one_line(tmp_path, monkeypatch):
     def full(*_, **__):
         raise torch.OutOfMemoryError("CUDA out of memory.")
 
-    monkeypatch.setattr(runtime, "forward_passes", full)
+    monkeypatch.setattr(runtime, "forward_pass", full)
     with pytest.raises(SystemExit) as exit_info:
         train_cifar.main(["--defense", "madry", *TINY, "--out-dir", str(tmp_path)])
     assert exit_info.value.code == "train_cifar.py: CUDA out of memory.; no checkpoint was written yet"
@@ -482,8 +463,8 @@ def test_a_gpu_out_of_memory_ends_in_one_line(tmp_path, monkeypatch):
 @pytest.mark.parametrize("defense, passes", [("standard", 2), ("madry", 2 + 4)])
 def test_the_work_by_which_compile_auto_decides(defense, passes, tmp_path, monkeypatch):
     asked = []
-    real = runtime.forward_passes
-    monkeypatch.setattr(runtime, "forward_passes", lambda *given, **more: asked.append(given[3]) or real(*given, **more))
+    real = runtime.forward_pass
+    monkeypatch.setattr(runtime, "forward_pass", lambda *given, **more: asked.append(given[3]) or real(*given, **more))
     train_cifar.main(["--defense", defense, *TINY, "--out-dir", str(tmp_path)])
     assert asked == [2 * 3 * passes]  # epochs, steps of each
 
@@ -512,16 +493,14 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, monkeypatch):
 
 def test_weights_that_the_last_update_breaks_are_not_saved(tmp_path, monkeypatch):
     """The loss of that step is of before the update."""
-    real, steps = train_cifar.outer_minimisation, []
+    steps = []
 
-    def poisoned(both, optimizer, *rest):
-        result = real(both, optimizer, *rest)
+    def poisoned(model):
         steps.append(1)
         if len(steps) == 6:
-            optimizer.param_groups[0]["params"][0].data.fill_(float("nan"))
-        return result
+            next(model.parameters()).data.fill_(float("nan"))
 
-    monkeypatch.setattr(train_cifar, "outer_minimisation", poisoned)
+    monkeypatch.setattr(runtime, "broadcast_buffers", poisoned)  # what comes after the update
     with pytest.raises(SystemExit, match="weights are not finite after step 6"):
         train_cifar.main(["--defense", "madry", *TINY, "--out-dir", str(tmp_path)])
     for name in ("last.pt", "best.pt"):
@@ -555,9 +534,9 @@ def test_the_shares_are_of_the_model_that_was_attacked(tmp_path, monkeypatch):
 
     note(train_cifar, "inner_maximisation")
     note(train_cifar, "sampled_shares")
-    note(train_cifar, "outer_minimisation")
+    note(train_cifar, "forward_backward")
     train_cifar.main(["--defense", "madry", *TINY, "--epochs", "1", "--out-dir", str(tmp_path)])
-    assert order == ["inner_maximisation", "sampled_shares", "outer_minimisation"] * 3
+    assert order == ["inner_maximisation", "sampled_shares", "forward_backward"] * 3
 
 
 @pytest.mark.slow
