@@ -51,9 +51,11 @@ def check_outputs(stored, fresh, attacked=False):
             check(*pair, *limit)
 
 
-def pytest_collectstart(collector):
-    """--nbval-sanitize-with, from any working directory."""
-    collector.config.option.nbval_sanitize_with = str(pathlib.Path(__file__).with_name("sanitize.cfg"))
+def pytest_configure(config):
+    """nbval's flags, where it is installed: in pyproject.toml they would end every pytest that has no nbval."""
+    if hasattr(config.option, "nbval"):
+        config.option.nbval = config.option.nbval_current_env = True
+        config.option.nbval_sanitize_with = str(pathlib.Path(__file__).with_name("sanitize.cfg"))
 
 
 @pytest.hookimpl(wrapper=True)

@@ -4,7 +4,9 @@ import pathlib
 import pytest
 import torch
 import torch.nn as nn
-from helpers import SmallNet
+from helpers import SmallNet, tiny_model
+
+import models
 
 os.environ.setdefault("GIT_PYTHON_REFRESH", "quiet")  # foolbox imports GitPython, which wants the git binary
 
@@ -23,6 +25,18 @@ def small_net():
             nn.init.uniform_(module.running_mean, -0.1, 0.1)
             nn.init.uniform_(module.running_var, 0.5, 1.5)
     return net.eval()
+
+
+@pytest.fixture
+def no_curves(monkeypatch):
+    """A run's curves.png stays empty: drawing takes longer than a test's training."""
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda *_, **__: None)
+
+
+@pytest.fixture
+def tiny_net(no_curves, monkeypatch):
+    """For tests of what happens around the net, whatever its kind: its training takes no time."""
+    monkeypatch.setattr(models, "build_model", tiny_model)
 
 
 @pytest.fixture

@@ -155,8 +155,8 @@ def test_a_radius_that_no_weaker_attack_matches(model_path, monkeypatch):
     _, args = audit.parse_args(["--model-path", "m.pt", "--epsilon", "0.01"])
     bench = audit.Bench(model, model, data.load("digits", train=False).subset(slice(8)), args)
     with models.frozen(model):
-        assert audit.matched_radius(bench, -1.0) == (audit.Fraction("0.01"), False)
-        assert audit.matched_radius(bench, 1.0)[1] is True
+        assert audit.matched_radius(bench, -1.0, halvings=2) == (audit.Fraction("0.01"), False)
+        assert audit.matched_radius(bench, 1.0, halvings=2) == (audit.Fraction("0.0025"), True)
 
 
 def test_bad_input(model_path, tmp_path, capsys):

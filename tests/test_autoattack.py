@@ -41,8 +41,8 @@ def direct(net, x, y, components=None, batch_size=5):
         return official.run_standard_evaluation(x, y, batch_size=batch_size)[0]
 
 
-@pytest.mark.parametrize("num_classes", [4, 10, 100])
-@pytest.mark.parametrize("components", [None, ["apgd-ce", "apgd-t"]])
+@pytest.mark.parametrize(("num_classes", "components"), [
+    (4, None), (10, None), (100, None), (10, ["apgd-ce", "apgd-t"])])
 def test_equal_to_calling_pyautoattack(num_classes, components):
     net, x, y = net_and_images(num_classes)
     seen = {}

@@ -2,6 +2,7 @@
 
 import argparse
 import fcntl
+import functools
 import os
 import pathlib
 import pickle
@@ -30,12 +31,12 @@ def own_checkpoint(path, arch="wrn-10-1", num_classes=4):
 
 
 @pytest.mark.parametrize("arch", ["wrn-10-1", "wrn-16-2", "resnet-18", "preact-resnet-18"])
-@pytest.mark.parametrize("prefix", ["", "module.", "module._orig_mod.", "model."])
-def test_bare_state_dicts_load_with_any_prefix(tmp_path, arch, prefix):
+def test_bare_state_dicts_load(tmp_path, arch):
+    """Those with a prefix: test_other_peoples_files."""
     model = models.build_model(arch, 7).eval()
-    state = {prefix + key: value for key, value in model.state_dict().items()}
+    state = model.state_dict()
     if arch.startswith("wrn"):
-        state |= {prefix + "sub_block1.layer.0.conv1.weight": torch.zeros(1)}  # TRADES' unused copy of block1
+        state |= {"sub_block1.layer.0.conv1.weight": torch.zeros(1)}  # TRADES' unused copy of block1
     torch.save(state, tmp_path / "m.pt")
     loaded, info = checkpoints.load_model(tmp_path / "m.pt")
     x = torch.rand(2, 3, 32, 32)
@@ -219,15 +220,22 @@ def prefixed(state, prefix):
     return {prefix + key: value for key, value in state.items()}
 
 
-@pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize(("arch", "num_classes"), [("wrn-10-2", 10), ("resnet-18", 100), ("preact-resnet-18", 10)])
-def test_other_peoples_files(tmp_path, form, arch, num_classes):
+@functools.cache
+def trained(arch, num_classes):
+    """A net whose statistics are as if it were trained; nobody alters it."""
     torch.manual_seed(0)
     net = models.build_model(arch, num_classes).eval()
     for module in net.modules():
         if isinstance(module, torch.nn.BatchNorm2d):
             torch.nn.init.uniform_(module.running_mean)
             torch.nn.init.uniform_(module.running_var, 0.5, 1.5)
+    return net
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize(("arch", "num_classes"), [("wrn-10-2", 10), ("resnet-18", 100), ("preact-resnet-18", 10)])
+def test_other_peoples_files(tmp_path, form, arch, num_classes):
+    net = trained(arch, num_classes)
     of, normalised = FORMS[form]
     torch.save(of(net.state_dict()), tmp_path / "m.pt")
     loaded, info = checkpoints.load_model(tmp_path / "m.pt")

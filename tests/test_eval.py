@@ -326,11 +326,10 @@ def test_a_natural_accuracy_near_chance_is_named(model_path, tmp_path, capsys):
 
 def test_more_bad_flags(model_path, tmp_path, capsys):
     for argv in (
-        ["--restarts", "2", "--random-start", "none"], ["--pool", "--epsilons", "0.1", "0.2"], ["--save-images"],
         ["--save-examples", "no/such/folder.npz"], ["--normalize", "0.5,0.5", "0.5,0.5,0.5"], ["--protocol", "mine"],
         ["--normalize", "0,0,0", "1,1,0"], ["--normalize", "0,0,0"], ["--steps-sweep", "0"], ["--epsilons", "2"],
         ["--kappas", "x"], ["--num-classes", "9"], ["--restarts", "0"], ["--json", tmp_path], ["--json", "."],
-        ["--save-examples", tmp_path], ["--seed", 2**30], ["--epsilon", "0.1", "--epsilons", "0.2"],
+        ["--save-examples", tmp_path], ["--seed", 2**30],
         ["--normalize", "nan,0,0", "1,1,1"], ["--normalize", "0,0,0", "1,inf,1"],
     ):
         fails_in_one_line(eval_attacks.main, ["--model-path", model_path, *argv], capsys)

@@ -170,6 +170,7 @@ def test_the_recipe_is_rsts(argv, expected):
     assert {key: getattr(args, key) for key in rst | expected} == rst | expected
 
 
+@pytest.mark.usefixtures("tiny_net")
 def test_the_loss_sees_the_pseudo_labels(tmp_path, monkeypatch):
     """Half of what the training step is given are the file's images (crops of them) with the file's labels."""
     arrays = made() | {"data": np.full((30, 32, 32, 3), 255, np.uint8), "extrapolated_targets": np.full(30, 7)}
@@ -187,6 +188,7 @@ def test_the_loss_sees_the_pseudo_labels(tmp_path, monkeypatch):
         assert white.sum() == len(y) // 4 and (y[white] == 7).all()
 
 
+@pytest.mark.usefixtures("tiny_net")
 def test_a_stopped_run_goes_on_to_the_same_end(tmp_path, monkeypatch, aux_file, capsys):
     argv = ["--defense", "mart", "--spat-alpha", "0.1", *TINY, "--save-minutes", "0", "--aux-data", str(aux_file)]
     train_cifar.main([*argv, "--out-dir", str(tmp_path / "whole")])

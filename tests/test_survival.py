@@ -78,17 +78,19 @@ def test_killed_and_resumed_equals_undisturbed(tmp_path, kills=25):
     assert not list((tmp_path / "cut").glob(".*.tmp"))
 
 
-def test_a_second_process_in_the_same_directory_is_refused(tmp_path, capsys):
-    process = start([*RUN, "--epochs", "50", "--out-dir", str(tmp_path)])
-    try:
-        process.stdout.readline()
-        deadline = time.time() + 60
-        while not (tmp_path / "last.prev.pt").exists() and time.time() < deadline:
-            time.sleep(0.1)
-        assert "another process" in fails_in_one_line(train_cifar.main, ["--resume", "--out-dir", tmp_path], capsys)
-    finally:
-        process.kill()
-        process.wait()
+@pytest.mark.usefixtures("tiny_net")
+def test_a_second_run_in_the_same_directory_is_refused_at_every_step(tmp_path, capsys, monkeypatch):
+    """That the lock keeps other processes out too, and ends with its holder: test_checkpoints.py."""
+    real, said = train_cifar.data.augment, []
+
+    def meanwhile(*args):
+        capsys.readouterr()
+        said.append(fails_in_one_line(train_cifar.main, ["--resume", "--out-dir", tmp_path], capsys))
+        return real(*args)
+
+    monkeypatch.setattr(train_cifar.data, "augment", meanwhile)
+    train_cifar.main([*RUN, "--out-dir", str(tmp_path)])
+    assert len(said) == 6 and all("another process" in line for line in said)
 
 
 def before_it_has_the_lock(monkeypatch, happens):
@@ -127,6 +129,7 @@ def test_resume_goes_on_from_what_the_old_process_saved_last(tmp_path, monkeypat
     assert begun == [checkpoints.load(tmp_path / "last.pt")["step"]]
 
 
+@pytest.mark.usefixtures("tiny_net")
 def test_a_run_that_began_and_ended_meanwhile_is_not_overwritten(tmp_path, monkeypatch, capsys):
     argv, left = [*RUN, "--epochs", "1", "--out-dir", str(tmp_path)], {}
 

@@ -145,7 +145,9 @@ def test_cuda_without_a_device(tmp_path, capsys):
     ["standard"], ["madry"], ["trades"], ["mart"], ["madry", "--spat-alpha", "0.2"], ["trades", "--spat-alpha", "0.1"],
     ["mart", "--spat-alpha", "0.3"], ["trades", "--spat-alpha", "0"],
 ])
-def test_every_defense_trains(defense, tmp_path, capsys):
+def test_every_defense_trains(defense, tmp_path, request):
+    if len(defense) > 1:
+        request.getfixturevalue("no_curves")  # they show the same columns as without SPAT
     train_cifar.main(["--defense", *defense, *TINY, "--out-dir", str(tmp_path)])
     rows = list(csv.DictReader(open(tmp_path / "log.csv")))
     assert [row["epoch"] for row in rows] == ["1", "2"]
@@ -164,6 +166,7 @@ def test_every_defense_trains(defense, tmp_path, capsys):
     assert last["epoch"] == 2 and best["epoch"] == max(k for k, v in enumerate(scores, start=1) if v == max(scores))
 
 
+@pytest.mark.usefixtures("tiny_net")
 def test_the_attack_uses_the_objective_that_alpha_asks_for(tmp_path, monkeypatch):
     """--spat-alpha replaces the inner objective and touches nothing else."""
     seen = set()
@@ -208,12 +211,14 @@ def test_trades_target_is_of_the_callable_that_is_attacked(small_net, images):
     assert torch.equal(x_adv, same) and not torch.equal(x_adv, other)
 
 
+@pytest.mark.usefixtures("tiny_net")
 def test_no_held_out_images_no_best(tmp_path):
     train_cifar.main(["--defense", "madry", *TINY, "--val-size", "0", "--out-dir", str(tmp_path)])
     assert (tmp_path / "last.pt").exists() and not (tmp_path / "best.pt").exists()
     assert all(row["val_robust_accuracy"] == "" for row in csv.DictReader(open(tmp_path / "log.csv")))
 
 
+@pytest.mark.usefixtures("tiny_net")
 def test_a_new_run_does_not_overwrite_an_old_one(tmp_path, capsys):
     argv = ["--defense", "madry", *TINY, "--epochs", "1", "--out-dir", str(tmp_path)]
     train_cifar.main(argv)
@@ -245,6 +250,7 @@ def without_times(path):
             for row in csv.DictReader(open(path))]
 
 
+@pytest.mark.usefixtures("no_curves")
 @pytest.mark.parametrize("stop_after, flags", [
     (1, []), (3, []), (4, ["--precision", "bf16"]), pytest.param(4, [], marks=pytest.mark.slow),
     pytest.param(5, [], marks=pytest.mark.slow), pytest.param(4, ["--compile", "on"], marks=pytest.mark.slow),
@@ -252,7 +258,7 @@ def without_times(path):
 def test_a_stopped_run_goes_on_to_the_same_end(tmp_path, monkeypatch, stop_after, flags):
     """Stopped after any step and resumed: bit-identical weights and best.pt, the same log."""
     argv = ["--defense", "mart", "--spat-alpha", "0.3", *TINY, "--save-minutes", "0", *flags]
-    if "bf16" in flags:
+    if "bf16" in flags or stop_after == 1:
         monkeypatch.setattr(models, "build_model", tiny_model)
     train_cifar.main([*argv, "--out-dir", str(tmp_path / "whole")])
     run_until(stop_after, [*argv, "--out-dir", str(tmp_path / "cut")], monkeypatch)
@@ -264,6 +270,7 @@ def test_a_stopped_run_goes_on_to_the_same_end(tmp_path, monkeypatch, stop_after
         assert all(torch.equal(whole[key], cut[key]) for key in whole)
 
 
+@pytest.mark.usefixtures("tiny_net")
 @pytest.mark.parametrize("left", [{"args.json", ".lock"}, {"last.pt"}, {"last.prev.pt"}, {"best.pt"}, {"log.csv"}])
 def test_a_run_is_not_overwritten_but_one_that_saved_nothing_starts_again(tmp_path, capsys, left):
     for name in left:
@@ -277,6 +284,7 @@ def test_a_run_is_not_overwritten_but_one_that_saved_nothing_starts_again(tmp_pa
         assert {file.name: file.read_text() for file in tmp_path.iterdir()} == dict.fromkeys(left, "as it was")
 
 
+@pytest.mark.usefixtures("tiny_net")
 def test_a_finished_run_may_be_resumed_again(tmp_path, capsys):
     """As a job that is queued once too often does; and "auto" is what it came to."""
     train_cifar.main(["--defense", "madry", *TINY, "--out-dir", str(tmp_path)])
@@ -288,6 +296,7 @@ def test_a_finished_run_may_be_resumed_again(tmp_path, capsys):
     assert capsys.readouterr().out.endswith(f"python eval_attacks.py --model-path {tmp_path / 'best.pt'}\n")
 
 
+@pytest.mark.usefixtures("tiny_net")
 @pytest.mark.parametrize("number, status", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_a_signal_gives_up_the_step_saves_and_says_how_to_go_on(tmp_path, monkeypatch, capsys, number, status):
     argv = ["--defense", "madry", *TINY]
@@ -316,6 +325,7 @@ def test_a_signal_gives_up_the_step_saves_and_says_how_to_go_on(tmp_path, monkey
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 
 
+@pytest.mark.usefixtures("tiny_net")
 @pytest.mark.parametrize("resumed", [False, True])
 def test_a_signal_while_compiling_leaves_the_directory_as_it_was(tmp_path, monkeypatch, capsys, resumed):
     """It reaches the compiler too, which fails: a run that went on would be eager to its end."""
@@ -356,6 +366,7 @@ with runtime.deferred_signals("stopping") as received:
     assert (done.returncode, done.stdout, done.stderr) == (-signal.SIGINT, "[2]\n", "\nstopping\n")
 
 
+@pytest.mark.usefixtures("no_curves")
 def test_a_full_disk_keeps_the_last_checkpoint_and_says_so(tmp_path, monkeypatch):
     """The kernel refuses what goes beyond a limit in the middle of the fourth save, as a full disk does."""
     argv = ["--defense", "madry", *TINY, "--save-minutes", "0", "--out-dir", str(tmp_path)]
@@ -381,6 +392,7 @@ def test_a_full_disk_keeps_the_last_checkpoint_and_says_so(tmp_path, monkeypatch
     assert not list(tmp_path.glob(".*.tmp"))
 
 
+@pytest.mark.usefixtures("tiny_net")
 def test_a_run_that_dies_at_its_first_epochs_end_can_be_resumed(tmp_path, monkeypatch):
     """best.pt and the log are written before last.pt: what dies between them must not be left without one."""
     argv = ["--defense", "madry", *TINY]
@@ -399,6 +411,7 @@ def test_a_run_that_dies_at_its_first_epochs_end_can_be_resumed(tmp_path, monkey
         assert all(torch.equal(whole[key], cut[key]) for key in whole), name
 
 
+@pytest.mark.usefixtures("tiny_net")
 def test_what_cannot_be_resumed_is_said(tmp_path, capsys):
     train_cifar.main(["--defense", "madry", *TINY, "--epochs", "1", "--out-dir", str(tmp_path)])
     state = checkpoints.load(tmp_path / "last.pt")
@@ -413,6 +426,7 @@ def test_what_cannot_be_resumed_is_said(tmp_path, capsys):
     assert "older version: it has no aux_data" in line
 
 
+@pytest.mark.usefixtures("tiny_net")
 @pytest.mark.parametrize("damage", ["cut", "flipped", "removed"])
 def test_resume_falls_back_on_the_checkpoint_before(tmp_path, damage, capsys):
     argv = ["--defense", "madry", *TINY, "--out-dir", str(tmp_path)]
@@ -431,6 +445,7 @@ def test_resume_falls_back_on_the_checkpoint_before(tmp_path, damage, capsys):
     assert all(torch.equal(value, end[key]) for key, value in checkpoints.load(last)["state_dict"].items())
 
 
+@pytest.mark.usefixtures("tiny_net")
 def test_a_failed_save_after_a_fall_back_leaves_what_it_fell_back_on(tmp_path, monkeypatch):
     """The damaged last.pt must not have taken the place of last.prev.pt by then."""
     argv = ["--defense", "madry", *TINY, "--out-dir", str(tmp_path)]
@@ -460,6 +475,7 @@ def test_a_gpu_out_of_memory_ends_in_one_line(tmp_path, monkeypatch):
     assert exit_info.value.code == "train_cifar.py: CUDA out of memory.; no checkpoint was written yet"
 
 
+@pytest.mark.usefixtures("tiny_net")
 @pytest.mark.parametrize("defense, passes", [("standard", 2), ("madry", 2 + 4)])
 def test_the_work_by_which_compile_auto_decides(defense, passes, tmp_path, monkeypatch):
     asked = []
@@ -483,6 +499,7 @@ def test_robust_accuracy_at_chance_is_warned_about(values, epochs, defense, warn
     assert f"50 img/s  {left}" in text
 
 
+@pytest.mark.usefixtures("tiny_net")
 def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, monkeypatch):
     argv = ["--defense", "madry", *TINY, "--lr", "1e30", "--out-dir", str(tmp_path)]
     with pytest.raises(SystemExit) as exit_info:
@@ -491,6 +508,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, monkeypatch):
     assert "step" in message and "lr" in message and "last.pt" in message
 
 
+@pytest.mark.usefixtures("tiny_net")
 def test_weights_that_the_last_update_breaks_are_not_saved(tmp_path, monkeypatch):
     """The loss of that step is of before the update."""
     steps = []
@@ -525,6 +543,7 @@ def test_the_tally_counts_per_example():
     assert train_cifar.sampled_shares(run, model, p_nat, None, y).tolist() == [0, 0, 0]  # standard training
 
 
+@pytest.mark.usefixtures("tiny_net")
 def test_the_shares_are_of_the_model_that_was_attacked(tmp_path, monkeypatch):
     order = []
 
