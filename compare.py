@@ -118,10 +118,10 @@ def holm(p_values):
 
 
 def summarise(found, pairs, paper):
-    """Return what several seeds say: a dict of two lists of dicts, with accuracies in [0, 1].
-    found: {row: {seed: {attack: its entry in the JSON}}}. pairs: the (row a, row b) to compare where both are found.
-    paper: {row: {attack: accuracy in %}}. "rows" has each row's attacks with t_interval over the seeds. "comparisons"
-    has b - a (see difference_over), with Holm's p over all comparisons; "all_images" is outside Holm's family."""
+    """Return what several seeds say: a dict of two lists of dicts, with accuracies in [0, 1]. "rows" has each row's
+    attacks with t_interval over the seeds. "comparisons" has b - a (see difference_over), with Holm's p over all of
+    them; "all_images" is outside Holm's family. found: {row: {seed: {attack: its entry in the JSON}}}. pairs: the
+    (row a, row b) to compare where both are found. paper: {row: {attack: accuracy in %}}."""
     rows, comparisons = [], []
     for row, of_seeds in found.items():
         for attack, entry in next(iter(of_seeds.values())).items():
@@ -155,8 +155,7 @@ def difference_over(pairs, attack):
 
 
 def for_all_images(before, after, attack):
-    """Return difference_estimator for an attack that saw fewer images than the worst case, which is the cheaper one,
-    else None. before, after: {attack: its entry in the JSON}."""
+    """Return difference_estimator for an attack that saw fewer images than the worst case, the cheaper one, or None."""
     entries = [of[name] for name in (attack, "Worst case") for of in (before, after) if name in of]
     seen_fewer = len(entries) == 4 and entries[0]["n"] < entries[2]["n"]
     return difference_estimator(*map(eval_attacks.correct_mask, entries)) if seen_fewer else None
@@ -175,7 +174,7 @@ def markdown(summary):
         texts = [name, f"seed {seeds[0]}" if len(seeds) == 1 else str(len(seeds))]
         texts += [cell_text(cell) if cell else "" for cell in of_row]
         share = summary.get("shares", {}).get(name)
-        lines.append(f"| {' | '.join(texts)} | {'' if share is None else f'{share:.2%}'} |")
+        lines.append(f"| {' | '.join([*texts, '' if share is None else f'{share:.2%}'])} |")
     if summary["comparisons"]:
         heads = ("difference, points", "attack", "95 % interval", "p", "Holm's p", "over", "paper")
         lines += ["", f"| {' | '.join(heads)} |", "| --- " * len(heads) + "|"]
@@ -200,11 +199,10 @@ def cell_text(row):
 
 def in_words(result, before_p=" | "):
     """Return "-0.24 (-0.60 to +0.13) | 0.22": a difference in points, its interval, and p."""
-    text = f"{100 * (result['mean'] if 'mean' in result else result['difference']):+.2f}"
-    if result["interval"] is None:
-        return f"{text} no spread{before_p}"
-    low, high = result["interval"]
-    return f"{text} ({100 * low:+.2f} to {100 * high:+.2f}){before_p}{result['p']:.2g}"
+    difference, ends = result["mean" if "mean" in result else "difference"], result["interval"]
+    interval = "({:+.2f} to {:+.2f})".format(*(100 * end for end in ends)) if ends else "no spread"
+    p = "" if result["p"] is None else f"{result['p']:.2g}"
+    return f"{100 * difference:+.2f} {interval}{before_p}{p}"
 
 
 if __name__ == "__main__":

@@ -207,6 +207,13 @@ def test_what_is_finished_is_skipped_and_a_lost_json_alone_is_made_again(stubs):
     assert ends([*TABLE3, "--cell", "3"]) == 0 and begun()[1:] == [("eval_attacks.py", str(path))]
 
 
+def test_a_cell_that_another_process_has_finished_meanwhile_is_done(stubs):
+    cells = stubs(seven())
+    assert ends(TABLE3) == 0
+    pathlib.Path("calls.txt").write_text("")
+    assert reproduce.run(cells[:1], [{}]) == ({}, None) and begun() == []
+
+
 def test_a_failing_cell_does_not_stop_the_others(stubs, capsys):
     cells = seven()
     stubs(cells, {cells[1]: {"fails": True}})
