@@ -368,7 +368,7 @@ class Cell(NamedTuple):
 
     def evaluations(self):
         """Return {JSON: the command that writes it}."""
-        recipe, result = RECIPES[self[:2]], str(self.path("results", self.row))
+        recipe, result = RECIPES[self[:2]], self.path("results", self.row).as_posix()
         evaluate = {"": recipe.evaluate_labeller} if self.row == "labeller" else recipe.evaluate
         paths = {f"{ELSEWHERE.get(result, result)}{end}.json": flags for end, flags in evaluate.items()}
         return {pathlib.Path(path): self.command("eval_attacks.py", f"--model-path {self.run}/{flags} --json {path}")
