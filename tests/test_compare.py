@@ -81,7 +81,7 @@ def test_the_difference_estimator_of_all_images_is_the_paired_difference():
 def test_what_pgd_flatters_by_is_printed(after, expected, capsys):
     paths = [str(RESULTS / f"table3/{name}.json") for name in ("madry", after)]
     compare.main(paths)
-    found = compare.flattery(*map(eval_attacks.read, paths))
+    found = compare.change_of_overestimate(*map(eval_attacks.read, paths))
     rows = [{row["name"]: row["correct"] for row in eval_attacks.read(path)["attacks"]} for path in paths]
     lost = [row["PGD-20"] - row["Worst case"] for row in rows]  # the worst case's are right under PGD-20 too
     assert found["difference"] == pytest.approx((lost[1] - lost[0]) / 10_000) == pytest.approx(expected)

@@ -68,7 +68,8 @@ def test_the_python_of_the_readme_runs(monkeypatch, capsys):
 def test_the_papers_numbers_for_cifar100():
     table = re.search(r"^\| paper \| (6.*?) \|  \|$", TEXTS["EXPERIMENTS.md"], re.M)[1]
     found = [tuple(map(float, cell.split(" / "))) for cell in table.split(" | ")]
-    assert found == [values for (dataset, _, _), values in reproduce.TABLE_3.items() if dataset == "cifar100"]
+    assert found == [tuple(values.values()) for (target, _), values in reproduce.PAPER.items()
+                     if target == "table3-cifar100"]
 
 
 @pytest.mark.parametrize("defense, expected", [

@@ -1,4 +1,4 @@
-"""reproduce.py and jobs.py: every line parses, what is finished is known, cells run once, one a GPU, and go on after
+"""reproduce.py: every line parses, what is finished is known, cells run once, one a GPU, and go on after
 kills; the numbers of the report."""
 
 import collections
@@ -79,7 +79,9 @@ def test_the_papers_scale_is_the_papers(tmp_path, monkeypatch, capsys):
     trained = {target: [train_cifar.with_defaults(train_cifar.parse_args(line[2:])[1]) for line in lines_of(
         [target, "--scale", "paper"], capsys) if line[1] == "train_cifar.py"] for target in reproduce.TARGETS}
     table3 = trained["table3"] + trained["table3-cifar100"]
-    assert {(args.dataset, args.defense, args.spat_alpha) for args in table3} == set(reproduce.TABLE_3)
+    names = {"cifar10": "table3", "cifar100": "table3-cifar100"}
+    assert {(names[args.dataset], args.defense + ("" if args.spat_alpha is None else f"-spat{args.spat_alpha:g}"))
+            for args in table3} == {key for key in reproduce.PAPER if key[0].startswith("table3")}
     assert {(args.arch, args.epochs, args.epsilon, args.lr) for args in table3} == {("wrn-34-10", 90, "8/255", 0.1)}
     decay = {(args.dataset, args.defense): args.weight_decay for args in table3}
     assert [decay["cifar100", defense] for defense in ("madry", "trades", "mart")] == [2e-4, 2e-4, 7e-4]
@@ -89,12 +91,13 @@ def test_the_papers_scale_is_the_papers(tmp_path, monkeypatch, capsys):
         (defense, alpha, "wrn-28-10", 200) for defense in ("trades", "mart") for alpha in (None, 0.1)}
     assert {(args.epsilon, args.spat_alpha) for args in trained["figure5"]} == {
         (f"{e}/255", a) for e in (4, 8, 16) for a in (0, 0.2, 0.4, 0.6, 0.8, 1)}
-    assert {row for target, row in reproduce.PAPER if target == "table4"} == set(reproduce.RECIPES["table4", "paper"].rows)
+    rows = reproduce.RECIPES["table4", "paper"].rows
+    assert {row for target, row in reproduce.PAPER if target == "table4"} == set(rows)
 
 
 def test_earlier_results_count_where_their_recipe_is_the_tables(monkeypatch):
     monkeypatch.chdir(ROOT)
-    states = {cell: reproduce.state(cell) for cell in reproduce.cells_of(
+    states = {cell: reproduce.missing_and_differing(cell) for cell in reproduce.cells_of(
         [key for key in reproduce.RECIPES if key[1] == "cpu" and key[0] != "table3-cifar100"], {1}, "data")}
     of_another = {cell.row: differing for cell, (_, differing) in states.items() if differing}
     assert len([cell for cell, state in states.items() if not any(state)]) == 7 + 4 + 2 + 12
@@ -116,7 +119,8 @@ def made_result(cell, command, right=300):
     args = eval_attacks.parse_args(command[1:])[1]
     args.epsilon = args.epsilon or "0.05"
     n = args.num_images or 400
-    rows = [eval_attacks.outcome(name, params, torch.arange(n) < right) for name, params in eval_attacks.attack_list(args)]
+    rows = [eval_attacks.outcome(name, params, torch.arange(n) < right)
+            for name, params in eval_attacks.attack_list(args)]
     rows += [eval_attacks.worst_case(rows)] if len(rows) > 2 else []
     model = {"dataset": "digits", "epochs": trained["epochs"], "args": trained}
     return {"model": model, "n": n, "epsilon": args.epsilon, "device": "stub", "precision": args.precision,
@@ -203,11 +207,18 @@ def test_what_is_finished_is_skipped_and_a_lost_json_alone_is_made_again(stubs):
     assert ends([*TABLE3, "--cell", "3"]) == 0 and begun()[1:] == [("eval_attacks.py", str(path))]
 
 
+def test_a_cell_that_another_process_has_finished_meanwhile_is_done(stubs):
+    cells = stubs(seven())
+    assert ends(TABLE3) == 0
+    pathlib.Path("calls.txt").write_text("")
+    assert reproduce.run(cells[:1], [{}]) == ({}, None) and begun() == []
+
+
 def test_a_failing_cell_does_not_stop_the_others(stubs, capsys):
     cells = seven()
     stubs(cells, {cells[1]: {"fails": True}})
     assert ends(TABLE3) == 1
-    assert [cell.row for cell in cells if any(reproduce.state(cell))] == ["madry-spat0.2"]
+    assert [cell.row for cell in cells if any(reproduce.missing_and_differing(cell))] == ["madry-spat0.2"]
     last = capsys.readouterr().err.splitlines()[-1]
     assert last == ("failed: table3 digits madry-spat0.2 seed 1: exit status 1, see "
                     "runs/table3-digits/madry-spat0.2/output.log: no space left on the moon")
@@ -263,7 +274,7 @@ def test_a_result_that_is_not_what_was_asked_for_fails_its_cell(stubs, capsys):
     assert ends(TABLE3) == 1
     assert ("failed: table3 digits madry seed 1: results/table3-digits/madry.json: evaluated with compile on, not off"
             in capsys.readouterr().err)
-    assert len([cell for cell in cells if not any(reproduce.state(cell))]) == 6
+    assert len([cell for cell in cells if not any(reproduce.missing_and_differing(cell))]) == 6
 
 
 def test_trainings_that_targets_share_run_once_and_labels_come_first(stubs):
@@ -278,7 +289,7 @@ def test_trainings_that_targets_share_run_once_and_labels_come_first(stubs):
 
 def start(argv, prepare, **where):
     """reproduce.py after the statements of `prepare`, as a process."""
-    code = (f"import sys; sys.path.insert(0, {str(ROOT)!r}); import pathlib, jobs, reproduce; {prepare}; "
+    code = (f"import sys; sys.path.insert(0, {str(ROOT)!r}); import pathlib, reproduce; {prepare}; "
             f"reproduce.main({argv!r})")
     pipes = dict.fromkeys(("stdout", "stderr"), subprocess.PIPE)
     return subprocess.Popen([sys.executable, "-c", code], text=True, **pipes, **where)
@@ -389,7 +400,8 @@ def test_holm_by_hand():
 def test_an_attack_on_few_images_is_estimated_for_all(monkeypatch, tmp_path):
     """Of results/: Madry + SPAT's difference on the first 256 and 1,000 images, and on all by the worst case."""
     monkeypatch.chdir(ROOT)
-    found = {row: {1: reproduce.outcomes(reproduce.Cell("table3", "cpu", row, 1))} for row in ("madry", "madry-spat0.2")}
+    found = {row: {1: reproduce.outcomes(reproduce.Cell("table3", "cpu", row, 1))}
+             for row in ("madry", "madry-spat0.2")}
     of = {c["attack"]: c for c in compare.summarise(found, [("madry", "madry-spat0.2")], {})["comparisons"]}
     assert of["PGD-20"]["all_images"] is None and of["Worst case"]["all_images"] is None
     entries = [seeds[1][name] for name in ("AutoAttack", "Worst case") for seeds in found.values()]
