@@ -227,7 +227,7 @@ def test_a_gpu_out_of_memory_while_labelling_ends_in_one_line(model_path, tmp_pa
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     np.savez(tmp_path / "x.npz", data=np.zeros((3, 32, 32, 3), np.uint8))
-    monkeypatch.setattr(pseudo_label.scores, "attacked_logits", full)
+    monkeypatch.setattr(pseudo_label.eval_attacks, "attacked_logits", full)
     with pytest.raises(SystemExit, match="^pseudo_label.py: CUDA out of memory$"):
         pseudo_label.main(["--model-path", str(model_path), "--images", str(tmp_path / "x.npz"),
                            "--output", str(tmp_path / "o.npz")])
