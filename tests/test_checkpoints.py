@@ -137,7 +137,7 @@ def test_a_file_system_without_hard_links_or_locks(tmp_path, monkeypatch, capsys
         raise OSError(95, "Operation not supported")
 
     monkeypatch.setattr(train_cifar.os, "link", refuse)
-    monkeypatch.setattr(train_cifar.fcntl, "flock", refuse)
+    monkeypatch.setattr(runtime.fcntl, "flock", refuse)
     with runtime.run_lock(tmp_path):
         for step in (1, 2):
             train_cifar.save_run({"step": step}, tmp_path)
