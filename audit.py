@@ -8,6 +8,7 @@ Both look for gradient masking: the ways in which an accuracy under PGD can be h
 """
 
 import functools
+import itertools
 import sys
 from fractions import Fraction
 
@@ -36,11 +37,9 @@ def parse_args(argv=None):
     add = parser.add_argument_group("checks").add_argument
     add("--epsilon", type=runtime.ratio, metavar="E", help="radius of the L-inf ball (default: "
         f"{data.EPSILON['cifar10']}; digits: {data.EPSILON['digits']})")
-    add("--square-queries", type=runtime.positive_int, default=1000, metavar="N",
-        help="queries of the gradient-free attack")
+    add("--square-queries", type=runtime.positive_int, default=1000, metavar="N", help="queries of Square")
     add("--autoattack", action="store_true", help="run all of AutoAttack, not APGD-CE and APGD-T only, a third of it")
-    add("--oracle", metavar="FILE", help="let this other robust model judge what the attacks preserve; it gets images "
-        "in [0, 1]")
+    add("--oracle", metavar="FILE", help="let this other robust model, of images in [0, 1], judge what is preserved")
     add("--alphas", nargs="+", type=runtime.unit_float, metavar="A", default=[0.0, 0.1, 0.2, 0.4, 0.6, 0.8, 1.0],
         help="let --oracle judge PGD-LS with each α")
     add("--seed", type=runtime.natural_int, default=0, help="seed of the random starts")
@@ -113,15 +112,15 @@ def verdict(checks):
     at_epsilon = [check["numbers"] for check in checks if check["name"] not in ("gradients", "radius")]
     lowest = min(accuracy for numbers in at_epsilon for accuracy in numbers.values())
     flagged = [f"{check['name']}: {CHECKS[check['name']][1]}" for check in checks if not check["fine"]]
+    last = (f"Nothing here points to gradient masking. The lowest accuracy found is {lowest:.1%}: an upper bound, as "
+            "every attack gives.")
     if flagged:
-        return [*flagged, "An accuracy under PGD alone is not to be trusted here; the lowest found is "
-                f"{lowest:.1%}, if not lower."]
-    return [f"Nothing here points to gradient masking. The lowest accuracy found is {lowest:.1%}: an upper bound, as "
-            "every attack gives."]
+        last = f"An accuracy under PGD alone is not to be trusted here; the lowest found is {lowest:.1%}, if not lower."
+    return [*flagged, last]
 
 
 class Source:
-    """The frozen model that is attacked, with the test images. `forward` crafts; `model` scores, in float32."""
+    """The model that is attacked, frozen, with the test images. `forward` crafts; `model` scores, in float32."""
 
     def __init__(self, model, forward, test, args):
         self.model, self.forward, self.test, self.args = model, forward, test, args
@@ -146,7 +145,7 @@ class Source:
         return functools.partial(attack, restart=restart)
 
     def right_after_pgd(self, objective="ce", epsilon=None, num_steps=20, restart=0):
-        """Return self.right(self.pgd(...)). Several checks ask for the same one: it runs once."""
+        """Return self.right(self.pgd(...)), which runs once, although several checks ask for it."""
         key = objective, epsilon or self.args.epsilon, num_steps, restart
         if key not in self.found:
             self.found[key] = self.right(self.pgd(*key))
@@ -157,6 +156,7 @@ class Source:
 
 
 def check_gradients(source):
+    """Check that input gradients are finite and not zero: else a sign attack has nothing to follow."""
     bad = []
     for x, y in source.batches:
         gradient = attacks.input_gradient(source.model, x, y, losses.cross_entropy).flatten(1)
@@ -188,12 +188,14 @@ def check_radius(source):
 
 
 def check_steps(source):
+    """Check that more steps never raise the accuracy."""
     masks = {str(steps): source.right_after_pgd(num_steps=steps) for steps in STEPS}
     named = {f"{steps} steps": mask for steps, mask in masks.items()}
     return masks, never_raised(masks), f"accuracy under PGD with {in_words(named)}"
 
 
 def check_restarts(source):
+    """Check that restarts lower the accuracy little."""
     masks = torch.stack([source.right_after_pgd(restart=restart) for restart in range(RESTARTS)])
     after = {str(count): masks[:count].all(0) for count in range(1, RESTARTS + 1)}
     one, every = after["1"], after[str(RESTARTS)]
@@ -217,12 +219,13 @@ def check_square(source):
 
 
 def check_autoattack(source):
+    """Check that stronger attacks do not lower the accuracy under PGD-20 much."""
     name, components = "APGD-CE + APGD-T", ["apgd-ce", "apgd-t"]
     if source.args.autoattack:
-        name, components = "AutoAttack", None
-    x_adv = attacks.autoattack(
-        attacks.for_autoattack(source.model), data.to_float(source.test.images), source.test.labels,
-        epsilon=source.epsilon, batch_size=source.args.batch_size, seed=source.args.seed, components=components)
+        name, components = "AutoAttack", list(attacks.COMPONENTS)
+    model, x, y = attacks.for_autoattack(source.model), data.to_float(source.test.images), source.test.labels
+    x_adv = attacks.autoattack(model, x, y, epsilon=source.epsilon, batch_size=source.args.batch_size,
+                               seed=source.args.seed, components=components)
     masks = {"PGD-20": source.right_after_pgd(), name: source.right(lambda x, y, indices: x_adv[indices])}
     gap = share(masks["PGD-20"]) - share(masks[name])
     return masks, gap <= WIDE_GAP, f"{in_words(masks)}: {100 * gap:.1f} points lower"
@@ -248,10 +251,11 @@ def in_words(masks):
 
 
 def never_raised(masks):
-    """Return whether no accuracy is above the one before it, beyond noise: above the 95 % interval of 0."""
+    """Return whether no accuracy lies above the one before it, beyond noise: no 95 % interval of a paired difference
+    lies above 0."""
     masks = [mask.numpy() for mask in masks.values()]
-    pairs = zip(masks, masks[1:], strict=False)
-    return all(compare.paired_difference(*pair)["interval"][0] <= 0 for pair in pairs)
+    differences = [compare.paired_difference(*pair) for pair in itertools.pairwise(masks)]
+    return all(difference["interval"][0] <= 0 for difference in differences)
 
 
 # What the oracle sees. ------------------------------------------------------------------------------------------------

@@ -94,8 +94,8 @@ def measure(args):
         if work == "training step":
             hours[side] = 90 * 50_000 * median / images / 3600
     return {"rows": rows, "matrix_product_gflop_per_s": {kind: rate / 1e9 for kind, rate in rates.items()},
-            "how": {side: how for side, (_, how) in built.items()}, "hours_of_90_epochs": hours,
-            "peak_memory_bytes": {side: peak_memory(args, side) for side in sides}}
+            "how": {side: how for side, (_, how) in built.items()},
+            "peak_memory_bytes": {side: peak_memory(args, side) for side in sides}, "hours_of_90_epochs": hours}
 
 
 def table(result):
@@ -216,9 +216,6 @@ def ours(args, precision, level):
             eval_attacks.attacked_logits(model, pixels, y_eval, pgd, args.eval_batch_size)
 
     return {"training step": step, "attack alone": attack, "evaluation": evaluation}, "; ".join([LEVELS[level], *words])
-
-
-# What the work needs. -------------------------------------------------------------------------------------------------
 
 
 def flops(args):
