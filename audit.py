@@ -61,7 +61,9 @@ def main(argv=None):
     try:
         model, test = model.to(device), test.to(device)
         x = data.to_float(test.images[:args.batch_size])
-        passes = sum(STEPS) + 60 * RESTARTS + (200 * len(args.alphas) if oracle else 0)
+        passes = sum(STEPS) + 60 * RESTARTS
+        if oracle:
+            passes += 200 * len(args.alphas)
         _, forward = runtime.forward_passes(args, model, x, -(-passes * len(test.labels) // len(x)))
         result = {"model": eval_attacks.describe(info, dataset), "n": len(test.labels), "epsilon": args.epsilon,
                   "seed": args.seed, "device": eval_attacks.device_name(device), "precision": args.precision,
@@ -266,9 +268,9 @@ def semantics(source, oracle):
     trivially. So each one but PGD-CE is followed by PGD-CE at the smaller radius that has the same success on the
     source; what it preserves beyond that is oracle_over_equal_ce, a paired difference."""
     rows = [judged(source, oracle, "Natural", None)[0], judged(source, oracle, "PGD-CE", source.pgd())[0]]
-    weaker = {"PGD-KL": source.pgd("kl")}
-    weaker |= {f"PGD-LS {alpha:g}": source.pgd("lsce", alpha=alpha) for alpha in source.args.alphas}
-    for name, attack in tqdm(weaker.items(), unit="attack", dynamic_ncols=True):
+    weaker = [("PGD-KL", source.pgd("kl"))]
+    weaker += [(f"PGD-LS {alpha:g}", source.pgd("lsce", alpha=alpha)) for alpha in source.args.alphas]
+    for name, attack in tqdm(weaker, unit="attack", dynamic_ncols=True):
         row, agrees = judged(source, oracle, name, attack)
         radius, found = matched_radius(source, row["source_accuracy"])
         name = f"  PGD-CE as strong as {name}" if found else f"  PGD-CE at ε, weaker than {name}"
@@ -310,7 +312,8 @@ def in_one_line(row):
     line = (f"{row['name']:<36} ε {row['epsilon']:.4f}, right: source {row['source_accuracy']:>6.1%}, oracle "
             f"{row['oracle_agrees']:>6.1%} with p_y {row['oracle_p_true']:.3f}; L2 {row['l2']:.3f}")
     if over := row.get("oracle_over_equal_ce"):
-        line += f"; oracle over equal PGD-CE, points: {compare.in_words(over)}"
+        points = (100 * value for value in (over["difference"], *over["interval"]))
+        line += "; oracle over equal PGD-CE, points: {:+.1f} ({:+.1f} to {:+.1f})".format(*points)
     return line
 
 
