@@ -1,4 +1,4 @@
-"""L-inf attacks, as functions of (model, x, target).
+"""L-inf attacks, as functions of (model, x, target). Equation numbers are SPAT's.
 
 x is (B, C, H, W) in [0, 1] and the result has its shape, type and range. model is any callable x -> logits: its
 mode, its precision and whether its weights want gradients belong to the caller (see models.frozen).
@@ -13,24 +13,73 @@ import torch.nn.functional as F
 RANDOM_STARTS = ("gaussian", "uniform", "none")
 
 
+def pgd(model, x, target, objective, *, epsilon, step_size, num_steps, random_start="uniform"):
+    """Return the last iterate of projected gradient ascent on objective(model(x), target) -> (B,), Eq. 7.
+
+    target: whatever the objective takes, labels (B,) or probabilities (B, K). epsilon, step_size: in units of x.
+    random_start: "uniform", "gaussian", "none" or a perturbation tensor like x; projected like every iterate.
+    Raise ValueError on another kind.
+    """
+    if not isinstance(random_start, torch.Tensor):
+        random_start = start_perturbation(random_start, x, epsilon)
+    x_adv = project(x + random_start, x, epsilon)
+    for _ in range(num_steps):
+        x_adv = project(x_adv + step_size * input_gradient(model, x_adv, target, objective).sign(), x, epsilon)
+    return x_adv
+
+
+def fgsm(model, x, y, *, epsilon):
+    """Return x + ε·sign(d CE / dx), Eq. 6, without a random start, clipped to [0, 1]."""
+    return pgd(model, x, y, _cross_entropy, epsilon=epsilon, step_size=epsilon, num_steps=1, random_start="none")
+
+
+def _cross_entropy(logits, y):
+    return F.cross_entropy(_at_least_float32(logits), y, reduction="none")
+
+
+def _at_least_float32(logits):
+    return logits if logits.dtype == torch.float64 else logits.float()
+
+
+def project(x_adv, x, epsilon):
+    """Return the point of the ε-ball around x, and of [0, 1], that is closest to x_adv."""
+    return (x + (x_adv - x).clamp(-epsilon, epsilon)).clamp(0, 1)
+
+
+def input_gradient(model, x, target, objective):
+    """Return d sum(objective(model(x), target)) / dx. The sum and not the mean: an example's step must not depend on
+    its batch. autograd.grad and not backward(): no .grad is left behind and no weight gradient is computed."""
+    with torch.enable_grad():
+        x = x.detach().requires_grad_()
+        return torch.autograd.grad(objective(model(x), target).sum(), x)[0]
+
+
+def probabilities(model, x):
+    """Return softmax(model(x)), (B, K), a constant: KL's target. x wants a gradient here too, so that a compiled model
+    runs the graph of the attack's steps, and none is compiled for this alone."""
+    with torch.enable_grad():
+        logits = model(x.detach().requires_grad_()).detach()
+    return _at_least_float32(logits).softmax(1)
+
+
 def start_perturbation(kind, like, epsilon, generator=None):
-    """A perturbation shaped like the tensor `like`: "uniform" in the ε-ball, "gaussian" 0.001·N(0, 1) as TRADES and
-    MART start, or "none" (zero). generator: on like's device. Raises ValueError on another kind."""
+    """Return a perturbation shaped like the tensor `like`: "uniform" in the ε-ball, "gaussian" 0.001·N(0, 1) as TRADES
+    and MART start, or "none" (zero). generator: on like's device. Raise ValueError on another kind."""
+    noise = torch.empty(like.shape, device=like.device, dtype=like.dtype)
     if kind == "uniform":
-        noise = torch.empty(like.shape, device=like.device, dtype=like.dtype)
         noise.uniform_(-epsilon, epsilon, generator=generator)
     elif kind == "gaussian":
-        noise = torch.empty(like.shape, device=like.device, dtype=like.dtype).normal_(0, 0.001, generator=generator)
+        noise.normal_(0, 0.001, generator=generator)
     elif kind == "none":
-        noise = 0.0
+        noise.zero_()
     else:
         raise ValueError(f"random start must be one of {', '.join(RANDOM_STARTS)}, not {kind!r}")
     return torch.zeros_like(like) + noise  # zeros_like keeps the memory format
 
 
 def start_per_image(kind, like, epsilon, indices, seed=0, restart=0):
-    """The same, one draw an image, each a function of (seed, restart, the image's index) alone: an evaluation's
-    result then depends on neither its batch size nor the number of processes. Drawn on the CPU."""
+    """Return such a perturbation, one draw an image, each a function of (seed, restart, the image's index) alone: an
+    evaluation's result then depends on neither its batch size nor the number of processes. Drawn on the CPU."""
     if kind == "none":
         return torch.zeros_like(like)
     starts, one = [], torch.empty_like(like[:1], device="cpu")
@@ -42,55 +91,9 @@ def start_per_image(kind, like, epsilon, indices, seed=0, restart=0):
     return torch.zeros_like(like) + torch.cat(starts).to(like.device)
 
 
-def project(x_adv, x, epsilon):
-    """The point of the ε-ball around x, and of [0, 1], that is closest to x_adv."""
-    return (x + (x_adv - x).clamp(-epsilon, epsilon)).clamp(0, 1)
-
-
-def input_gradient(model, x, target, objective):
-    """d sum(objective(model(x), target)) / dx. The sum and not the mean: an example's step must not depend on its
-    batch. autograd.grad and not backward(): no .grad is left behind and no weight gradient is computed."""
-    with torch.enable_grad():
-        x = x.detach().requires_grad_()
-        return torch.autograd.grad(objective(model(x), target).sum(), x)[0]
-
-
-def probabilities(model, x):
-    """softmax(model(x)), (B, K), a constant: KL's target. x wants a gradient here too, so that a compiled model runs
-    the graph of the attack's steps, and none is compiled for this alone."""
-    with torch.enable_grad():
-        logits = model(x.detach().requires_grad_()).detach()
-    return (logits if logits.dtype == torch.float64 else logits.float()).softmax(1)
-
-
-def pgd(model, x, target, objective, *, epsilon, step_size, num_steps, random_start="uniform"):
-    """Projected gradient ascent on objective(model(x), target) -> (B,), SPAT Eq. 7. Returns the last iterate.
-
-    target: whatever the objective takes, labels (B,) or probabilities (B, K). epsilon, step_size: in units of x.
-    random_start: "uniform", "gaussian", "none" or a perturbation tensor like x; projected like every iterate.
-    Raises ValueError on another kind.
-    """
-    if not isinstance(random_start, torch.Tensor):
-        random_start = start_perturbation(random_start, x, epsilon)
-    x_adv = project(x + random_start, x, epsilon)
-    for _ in range(num_steps):
-        x_adv = project(x_adv + step_size * input_gradient(model, x_adv, target, objective).sign(), x, epsilon)
-    return x_adv
-
-
-def _cross_entropy(logits, y):
-    return F.cross_entropy(logits.float() if logits.dtype.itemsize < 4 else logits, y, reduction="none")
-
-
-def fgsm(model, x, y, *, epsilon):
-    """x + ε·sign(d CE / dx), SPAT Eq. 6, without a random start, clipped to [0, 1]."""
-    return pgd(model, x, y, _cross_entropy, epsilon=epsilon, step_size=epsilon, num_steps=1, random_start="none")
-
-
 def worst_iterate(attack, model, score):
-    """attack(model) -> x_adv, but of every example the iterate, of all that pass through the model, whose
-    score(logits), (B,), is lowest. With the margin as score an example is broken if any step breaks it (RST's rule).
-    attack: a function of a model alone."""
+    """Run attack(model), and return of every example the iterate, of all that passed through the model, whose
+    score(logits), (B,), is lowest. With the margin as score an example is broken if any step breaks it (RST's rule)."""
     lowest, kept = None, None
 
     def watched(x):
@@ -98,9 +101,11 @@ def worst_iterate(attack, model, score):
         logits = model(x)
         with torch.no_grad():
             now = score(logits)
-            lower = torch.ones_like(now, dtype=torch.bool) if lowest is None else now < lowest
-            lowest = now if lowest is None else torch.where(lower, now, lowest)
-            kept = x.detach() if kept is None else torch.where(lower[:, None, None, None], x, kept)
+            if lowest is None:
+                lowest, kept = now, x.detach()
+            else:
+                kept = torch.where((now < lowest)[:, None, None, None], x, kept)
+                lowest = torch.where(now < lowest, now, lowest)
         return logits
 
     last = attack(watched)
@@ -114,7 +119,7 @@ COMPONENTS = {"apgd-ce": 102, "apgd-t": 9 * 102, "fab-t": 9 * 202, "square": 500
 
 
 def check_autoattack(num_classes, components=None):
-    """The components, the standard four for None; raises ValueError where AutoAttack is not defined."""
+    """Return the components, the standard four for None. Raise ValueError where AutoAttack is not defined."""
     components = list(COMPONENTS) if components is None else list(components)
     if unknown := [name for name in components if name not in COMPONENTS]:
         raise ValueError(f"unknown component {unknown[0]!r} of AutoAttack; known: {', '.join(COMPONENTS)}")
@@ -124,18 +129,18 @@ def check_autoattack(num_classes, components=None):
 
 
 def for_autoattack(model):
-    """The model as autoattack and square want it: they hand out NCHW batches, and take float32 logits."""
+    """Return the model as autoattack and square want it: they hand out NCHW batches, and take float32 logits."""
     return lambda x: model(x.contiguous(memory_format=torch.channels_last)).float()
 
 
 @contextlib.contextmanager
 def _left_as_found(model, device):
-    """Restores what pyautoattack alters: the global random state and the trace function; keeps it from filling the
+    """Restore what pyautoattack alters: the global random state and the trace function. Keep it from filling the
     parameters' gradients, and cuDNN from timing its algorithms anew for each of the many batch sizes that it sends."""
     parameters = list(model.parameters()) if isinstance(model, torch.nn.Module) else []
     before, trace = [(parameter, parameter.requires_grad) for parameter in parameters], sys.gettrace()
+    cudnn = torch.backends.cudnn
     try:
-        cudnn = torch.backends.cudnn
         with (torch.random.fork_rng([device] if device.type == "cuda" else []),
               cudnn.flags(enabled=cudnn.enabled, benchmark=False, allow_tf32=cudnn.allow_tf32)):
             for parameter in parameters:
@@ -148,12 +153,12 @@ def _left_as_found(model, device):
 
 
 def autoattack(model, x, y, *, epsilon, batch_size, seed=0, components=None, on_component=None):
-    """AutoAttack for L-inf (Croce and Hein 2020), its standard version, by pyautoattack, the official code. Returns
+    """Run AutoAttack for L-inf (Croce and Hein 2020), its standard version, by pyautoattack, the official code. Return
     x_adv: x itself where the model is wrong already or nothing succeeded.
 
     model: in eval mode, its logits float32. components: of COMPONENTS, in the order in which they run; None for the
     standard four (only those may be called AutoAttack). on_component(name, robust), robust (B,) bool, after each.
-    batch_size and seed alter the result: state them. Raises ValueError for less than 4 classes.
+    batch_size and seed alter the result: state them. Raise ValueError for less than 4 classes.
     """
     from pyautoattack import AutoAttack  # its import costs a second
 
@@ -177,7 +182,7 @@ def autoattack(model, x, y, *, epsilon, batch_size, seed=0, components=None, on_
 
 
 def square(model, x, y, *, epsilon, num_queries, seed=0):
-    """Square (Andriushchenko et al. 2020), which needs no gradient, by pyautoattack with any number of queries."""
+    """Run Square (Andriushchenko et al. 2020), which needs no gradient, by pyautoattack. Return x_adv."""
     from pyautoattack.square import SquareAttack
 
     with _left_as_found(model, x.device), torch.no_grad():

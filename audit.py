@@ -1,16 +1,14 @@
-"""Can a model's robust accuracy be trusted, and does an attack preserve what the image shows?
+"""Test whether a model's robust accuracy can be trusted, and what attacks on it preserve of an image.
 
     python audit.py --model-path runs/NAME/best.pt
     python audit.py --model-path A.pt --oracle B.pt
 
-The first looks for gradient masking: the ways in which an accuracy under PGD can be high although the model is not
-robust (Athalye et al. 2018; Carlini et al. 2019). The second asks another robust model what it sees in
-the examples that fool the first.
+Both look for gradient masking: the ways in which an accuracy under PGD can be high although the model is not robust
+(Athalye et al. 2018; Carlini et al. 2019). The second also asks another robust model what it sees in attacked images.
 """
 
 import functools
 import itertools
-import math
 import sys
 from fractions import Fraction
 
@@ -39,248 +37,14 @@ def parse_args(argv=None):
     add = parser.add_argument_group("checks").add_argument
     add("--epsilon", type=runtime.ratio, metavar="E", help="radius of the L-inf ball (default: "
         f"{data.EPSILON['cifar10']}; digits: {data.EPSILON['digits']})")
-    add("--square-queries", type=runtime.positive_int, default=1000, metavar="N",
-        help="queries of the gradient-free attack")
+    add("--square-queries", type=runtime.positive_int, default=1000, metavar="N", help="queries of Square")
     add("--autoattack", action="store_true", help="run all of AutoAttack, not APGD-CE and APGD-T only, a third of it")
-    add("--oracle", metavar="FILE", help="let this other robust model judge what the attacks preserve; it gets images "
-        "in [0, 1]")
+    add("--oracle", metavar="FILE", help="let this other robust model, of images in [0, 1], judge what is preserved")
     add("--alphas", nargs="+", type=runtime.unit_float, metavar="A", default=[0.0, 0.1, 0.2, 0.4, 0.6, 0.8, 1.0],
         help="let --oracle judge PGD-LS with each α")
     add("--seed", type=runtime.natural_int, default=0, help="seed of the random starts")
     eval_attacks.add_machine_flags(parser)
     return parser, parser.parse_args(argv)
-
-
-class Bench:
-    """A frozen model, the images, and what the checks ask of them."""
-
-    def __init__(self, model, forward, test, args):
-        self.model, self.forward, self.test, self.args = model, forward, test, args
-        self.x, self.outcomes = data.to_float(test.images), {}
-
-    def attacked(self, objective, epsilon=None, num_steps=20, restart=0, **params):
-        """x_adv of PGD on the objective as eval_attacks.py runs it: uniform start, step ε/10."""
-        epsilon = epsilon or self.args.epsilon
-        attack = eval_attacks.make_attack(self.forward, params | {
-            "objective": objective, "epsilon": epsilon, "step_size": str(Fraction(epsilon) / 10),
-            "num_steps": num_steps, "random_start": "uniform", "seed": self.args.seed})
-        return self.in_batches(functools.partial(attack, restart=restart))
-
-    def in_batches(self, attack):
-        """attack(x, y, indices), joined. All batches have one size (the last is filled up with the first images, which
-        do not count twice), so that compiled code is not compiled twice."""
-        n, size = len(self.x), min(self.args.batch_size, len(self.x))
-        filled = torch.arange(-(-n // size) * size, device=self.x.device) % n
-        return torch.cat([attack(self.x[i], self.test.labels[i], i) for i in filled.split(size)])[:n]
-
-    def batches(self):
-        return torch.arange(len(self.x), device=self.x.device).split(self.args.batch_size)
-
-    def logits(self, x, model=None):
-        with torch.no_grad():
-            return torch.cat([(model or self.model)(x[i]).float() for i in self.batches()])
-
-    def right(self, x):
-        """Which images are classified correctly, (n,) bool on the CPU."""
-        return (self.logits(x).argmax(1) == self.test.labels).cpu()
-
-    def stands(self, objective="ce", epsilon=None, num_steps=20, restart=0):
-        """Which images are still right after that PGD, (n,) bool on the CPU; run once, several checks ask for it."""
-        key = objective, epsilon or self.args.epsilon, num_steps, restart
-        if key not in self.outcomes:
-            self.outcomes[key] = self.right(self.attacked(*key))
-        return self.outcomes[key]
-
-
-def raised(before, after):
-    """Whether accuracy rises from the outcomes `before` to `after` on the same images, beyond noise: the 95 % interval
-    of the paired difference lies above 0."""
-    return compare.paired_difference(before.numpy(), after.numpy())["interval"][0] > 0
-
-
-def never_raised(masks):
-    """Whether no outcome is above the one before it."""
-    return not any(raised(a, b) for a, b in itertools.pairwise(masks))
-
-
-def share(mask):
-    return mask.float().mean().item()
-
-
-def shares_of(names, masks):
-    return {str(name): share(mask) for name, mask in zip(names, masks, strict=True)}
-
-
-# The checks: each a function of the bench -> (what it measured, whether it is as it should be, in words). -------------
-
-
-def check_gradients(bench):
-    """A zero or non-finite input gradient gives a sign attack nothing to follow."""
-    bad = []
-    for i in bench.batches():
-        gradient = attacks.input_gradient(bench.model, bench.x[i], bench.test.labels[i], losses.cross_entropy)
-        gradient = gradient.flatten(1)
-        bad.append((gradient == 0).all(1) | ~gradient.isfinite().all(1))
-    bad = share(torch.cat(bad))
-    return {"zero or non-finite": bad}, bad <= TOLERANCE, (
-        f"{bad:.1%} of the images have a zero or non-finite input gradient")
-
-
-def check_order(bench):
-    """Uniform noise must be weaker than FGSM, and FGSM weaker than PGD-20."""
-    epsilon = float(Fraction(bench.args.epsilon))
-    everyone = torch.arange(len(bench.x), device=bench.x.device)
-    noise = attacks.project(bench.x + attacks.start_per_image("uniform", bench.x, epsilon, everyone, bench.args.seed),
-                            bench.x, epsilon)
-    fgsm = bench.in_batches(lambda x, y, _: attacks.fgsm(bench.forward, x, y, epsilon=epsilon))
-    masks = [*map(bench.right, (bench.x, noise, fgsm)), bench.stands()]
-    numbers = shares_of(("natural", "noise", "FGSM", "PGD-20"), masks)
-    return numbers, never_raised(masks[1:]), ", ".join(f"{name} {value:.1%}" for name, value in numbers.items())
-
-
-def check_radius(bench):
-    """Within 0.5 of any image lies plain grey, which has no class: accuracy must fall to 0."""
-    epsilons = sorted({Fraction(1, 2)} | {min(k * Fraction(bench.args.epsilon), Fraction(1, 2)) for k in (1, 2, 4)})
-    epsilons = [str(epsilon) for epsilon in epsilons]
-    masks = [bench.stands(epsilon=epsilon, num_steps=40) for epsilon in epsilons]
-    fine = share(masks[-1]) <= TOLERANCE and never_raised(masks)
-    return shares_of(epsilons, masks), fine, "accuracy under PGD-40 at " + ", ".join(
-        f"ε {float(Fraction(epsilon)):.3f} {share(mask):.1%}" for epsilon, mask in zip(epsilons, masks, strict=True))
-
-
-def check_steps(bench):
-    """More steps must never raise the accuracy."""
-    masks = [bench.stands(num_steps=steps) for steps in STEPS]
-    return shares_of(STEPS, masks), never_raised(masks), "accuracy under PGD with " + ", ".join(
-        f"{steps} steps {share(mask):.1%}" for steps, mask in zip(STEPS, masks, strict=True))
-
-
-def check_restarts(bench):
-    """Restarts can only lower the accuracy; where they lower it much, one run of PGD finds its way by luck."""
-    masks = [bench.stands(restart=restart) for restart in range(RESTARTS)]
-    standing = [torch.stack(masks[: k + 1]).all(0) for k in range(RESTARTS)]
-    drop = compare.paired_difference(standing[-1].numpy(), standing[0].numpy())
-    return shares_of(range(1, RESTARTS + 1), standing), drop["interval"][0] <= RESTART_GAIN, (
-        f"PGD-20 {share(standing[0]):.1%}, with {RESTARTS} restarts {share(standing[-1]):.1%}")
-
-
-def check_square(bench):
-    """An attack that sees no gradient must not beat those that do: else the gradient is hidden. PGD runs on CE
-    and on the margin, which Square attacks too: so it is the gradient that differs and not the objective."""
-    model, epsilon = attacks.for_autoattack(bench.model), float(Fraction(bench.args.epsilon))
-    # its draws depend on the batch and its model is not compiled: no batch is filled up
-    found = torch.cat([attacks.square(model, bench.x[i], bench.test.labels[i], epsilon=epsilon,
-                                      num_queries=bench.args.square_queries, seed=bench.args.seed)
-                       for i in bench.batches()])
-    ce, cw = (bench.stands(objective, num_steps=100) for objective in ("ce", "cw"))
-    square, pgd = bench.right(found), ce & cw
-    numbers = {"Square": share(square), "PGD-100": share(ce), "CW-100": share(cw), "both": share(pgd)}
-    return numbers, not raised(square, pgd), (
-        f"Square with {bench.args.square_queries} queries {share(square):.1%}, PGD-100 {share(ce):.1%}, CW-100 "
-        f"{share(cw):.1%}, both {share(pgd):.1%}; {share(pgd & ~square):.1%} fall to Square alone")
-
-
-def check_autoattack(bench):
-    """How far the accuracy under PGD-20 lies above the one under stronger attacks."""
-    components = list(attacks.COMPONENTS) if bench.args.autoattack else ["apgd-ce", "apgd-t"]
-    name = "AutoAttack" if bench.args.autoattack else "APGD-CE + APGD-T"
-    found = attacks.autoattack(
-        attacks.for_autoattack(bench.model), bench.x, bench.test.labels, epsilon=float(Fraction(bench.args.epsilon)),
-        batch_size=bench.args.batch_size, seed=bench.args.seed, components=components)
-    pgd, strong = bench.stands(), bench.right(found)
-    gap = share(pgd) - share(strong)
-    return {"PGD-20": share(pgd), name: share(strong)}, gap <= WIDE_GAP, (
-        f"PGD-20 {share(pgd):.1%}, {name} {share(strong):.1%}: {100 * gap:.1f} points lower")
-
-
-CHECKS = {"gradients": check_gradients, "order": check_order, "radius": check_radius, "steps": check_steps,
-          "restarts": check_restarts, "gradient-free": check_square, "stronger": check_autoattack}
-AT_EPSILON = ("order", "steps", "restarts", "gradient-free", "stronger")  # their numbers are accuracies at one radius
-MEANING = {
-    "gradients": "sign attacks stand still there",
-    "order": "a weaker attack does better than a stronger one: the gradient misleads",
-    "radius": "PGD fails where success is certain: its number at the usual radius says nothing",
-    "steps": "more steps raise the accuracy: the gradient misleads",
-    "restarts": "success depends on the start: the loss is rugged, one run is too few",
-    "gradient-free": "a gradient-free attack beats the gradient attacks: the gradient is masked",
-    "stronger": "PGD-20 flatters this model: quote the stronger attack",
-}
-
-
-def verdict(checks):
-    """What the checks mean for the reported accuracy, as lines."""
-    flagged = [check for check in checks if not check["fine"]]
-    lowest = min(value for check in checks if check["name"] in AT_EPSILON
-                 for value in check["numbers"].values())
-    if not flagged:
-        return [f"Nothing here points to gradient masking. The lowest accuracy found is {lowest:.1%}: an upper bound, "
-                "as every attack gives."]
-    return [f"{check['name']}: {MEANING[check['name']]}" for check in flagged] + [
-        f"An accuracy under PGD alone is not to be trusted here; the lowest found is {lowest:.1%}, if not lower."]
-
-
-# What a second model sees. --------------------------------------------------------------------------------------------
-
-
-def judged(bench, oracle, name, x_adv, epsilon):
-    """The row of one attack: what the source model and the oracle make of x_adv, and how far it is from x. Over all
-    images, but for oracle_agrees_where_source_fails. And where the oracle is right, (n,) bool."""
-    delta = (x_adv - bench.x).flatten(1)
-    seen = bench.logits(x_adv, oracle)
-    agrees, fooled = (seen.argmax(1) == bench.test.labels).cpu(), ~bench.right(x_adv)
-    return {"name": name, "epsilon": epsilon, "source_accuracy": 1 - share(fooled), "oracle_agrees": share(agrees),
-            "oracle_agrees_where_source_fails": share(agrees[fooled]) if fooled.any() else None,
-            "oracle_p_true": losses.p_true(seen, bench.test.labels).mean().item(),
-            "l_inf": delta.abs().amax(1).mean().item(), "l2": delta.norm(dim=1).mean().item(),
-            "at_edge": share(delta.abs() >= epsilon - 1e-6)}, agrees
-
-
-def matched_radius(bench, accuracy, halvings=8):
-    """(the smallest radius, by bisection below ε, at which PGD-20 on CE leaves at most this accuracy, True); (ε, False)
-    where none below ε does."""
-    low, high, found = Fraction(0), Fraction(bench.args.epsilon), False
-    for _ in range(halvings):
-        middle = (low + high) / 2
-        if share(bench.stands(epsilon=str(middle))) <= accuracy:
-            high, found = middle, True
-        else:
-            low = middle
-    return high, found
-
-
-def semantics(bench, oracle, progress):
-    """A row for the natural images, PGD-CE, PGD-KL and each α of PGD-LS, each weaker attack followed by PGD-CE at the
-    smaller radius that has the same success on the source model: a weaker attack preserves more, trivially. What it
-    preserves beyond that is oracle_over_equal_ce, a paired difference."""
-    epsilon = float(Fraction(bench.args.epsilon))
-    rows = [judged(bench, oracle, "Natural", bench.x, epsilon)[0]]
-    todo = [("PGD-CE", "ce", {}), ("PGD-KL", "kl", {})]
-    todo += [(f"PGD-LS {alpha:g}", "lsce", {"alpha": alpha}) for alpha in bench.args.alphas]
-    for name, objective, params in todo:
-        row, agrees = judged(bench, oracle, name, bench.attacked(objective, **params), epsilon)
-        rows.append(row)
-        if objective != "ce":
-            radius, found = matched_radius(bench, row["source_accuracy"])
-            name = f"  PGD-CE {'as strong as' if found else 'at ε, weaker than'} {name}"
-            equal, agrees_equal = judged(bench, oracle, name, bench.attacked("ce", str(radius)), float(radius))
-            row["oracle_over_equal_ce"] = compare.paired_difference(agrees_equal, agrees)
-            rows.append(equal)
-        progress()
-    return rows
-
-
-def semantics_table(rows):
-    lines = [f"{'attack':<36}{'ε':>7}{'source right':>14}{'oracle right':>14}{'where source fails':>20}"
-             f"{'oracle p_y':>12}{'L-inf':>8}{'L2':>7}{'at edge':>9}   oracle right over equal PGD-CE, points"]
-    for row in rows:
-        fooled = row["oracle_agrees_where_source_fails"]
-        lines.append(f"{row['name']:<36}{row['epsilon']:>7.4f}{row['source_accuracy']:>14.1%}"
-                     f"{row['oracle_agrees']:>14.1%}{'' if fooled is None else format(fooled, '.1%'):>20}"
-                     f"{row['oracle_p_true']:>12.3f}{row['l_inf']:>8.4f}{row['l2']:>7.3f}{row['at_edge']:>9.1%}")
-        if over := row.get("oracle_over_equal_ce"):
-            low, high = over["interval"]
-            lines[-1] += f"   {100 * over['difference']:+.1f} ({100 * low:+.1f} to {100 * high:+.1f})"
-    return "\n".join(lines)
 
 
 def main(argv=None):
@@ -289,29 +53,25 @@ def main(argv=None):
         device = runtime.pick_device(args.device)
         model, info, test, dataset = eval_attacks.load(args)
         attacks.check_autoattack(info["num_classes"])
-        oracle = None
-        if args.oracle:
-            oracle, oracle_info = checkpoints.load_model(args.oracle, device, num_classes=info["num_classes"])
-            if oracle_info["sha256"] == info["sha256"]:
-                raise ValueError("--oracle is the model itself: a second, separately trained one is needed")
-            if "args" in oracle_info and oracle_info["args"]["dataset"] != dataset:
-                raise ValueError(f"--oracle was trained on {oracle_info['args']['dataset']}, not on {dataset}")
+        oracle, oracle_info = load_oracle(args.oracle, device, info, dataset) if args.oracle else (None, None)
     except (ValueError, OSError) as error:
         parser.error(error)
     test = test if args.num_images else test.subset(slice(256))
     args.epsilon = args.epsilon or data.EPSILON.get(dataset, "8/255")
     try:
         model, test = model.to(device), test.to(device)
-        passes = (sum(STEPS) + 60 * RESTARTS + (200 * len(args.alphas) if oracle else 0)) * len(test.labels)
         x = data.to_float(test.images[:args.batch_size])
-        _, forward = runtime.forward_passes(args, model, x, math.ceil(passes / len(x)))
+        passes = sum(STEPS) + 60 * RESTARTS
+        if oracle:
+            passes += 200 * len(args.alphas)
+        forward = runtime.forward_pass(args, model, x, -(-passes * len(test.labels) // len(x)))
         result = {"model": eval_attacks.describe(info, dataset), "n": len(test.labels), "epsilon": args.epsilon,
                   "seed": args.seed, "device": eval_attacks.device_name(device), "precision": args.precision,
                   "torch": torch.__version__, "complete": False, "checks": [],
                   "command": eval_attacks.command(parser.prog, argv)}
         if oracle:
             result["oracle"] = eval_attacks.describe(oracle_info, dataset)
-        audit(Bench(model, forward, test, args), oracle, result)
+        audit(Source(model, forward, test, args), oracle, result)
     except KeyboardInterrupt:  # what is finished stands in the JSON, marked as incomplete
         sys.exit(130)
     except runtime.FAULTS as error:
@@ -319,26 +79,242 @@ def main(argv=None):
     return result
 
 
-def audit(bench, oracle, result):
-    """Run the checks, and with an oracle the semantics, and put them into `result`, on the screen and into the JSON."""
-    parts = len(CHECKS) + (2 + len(bench.args.alphas) if oracle else 0)
-    with models.frozen(bench.model), tqdm(total=parts, unit="part", dynamic_ncols=True) as bar:
-        for name, check in CHECKS.items():
+def load_oracle(path, device, info, dataset):
+    """Return (model, info) of the oracle's file. Raise ValueError if it is the model itself or of another data set."""
+    oracle, oracle_info = checkpoints.load_model(path, device, num_classes=info["num_classes"])
+    if oracle_info["sha256"] == info["sha256"]:
+        raise ValueError("--oracle is the model itself: a second, separately trained one is needed")
+    if "args" in oracle_info and oracle_info["args"]["dataset"] != dataset:
+        raise ValueError(f"--oracle was trained on {oracle_info['args']['dataset']}, not on {dataset}")
+    return oracle, oracle_info
+
+
+def audit(source, oracle, result):
+    """Run the checks, and let the oracle judge; put all into `result`, on the screen and into the JSON."""
+    with models.frozen(source.model), tqdm(CHECKS.items(), unit="check", dynamic_ncols=True) as bar:
+        for name, (check, _) in bar:
             bar.set_description(name)
-            numbers, fine, words = check(bench)
+            masks, fine, words = check(source)
+            numbers = {what: share(mask) for what, mask in masks.items()}
             result["checks"].append({"name": name, "fine": bool(fine), "numbers": numbers, "words": words})
             bar.write(f"{'ok  ' if fine else 'FLAG'} {name}: {words}")
-            bar.update()
-            eval_attacks.write(bench.args.json, result)
+            eval_attacks.write(source.args.json, result)
         result["verdict"] = verdict(result["checks"])
         bar.write("\n".join(result["verdict"]))
         if oracle:
-            bar.set_description("oracle")
             with models.frozen(oracle):
-                result["semantics"] = semantics(bench, oracle, bar.update)
-            bar.write(semantics_table(result["semantics"]))
+                result["semantics"] = semantics(source, oracle)
+            bar.write("\n".join(map(in_one_line, result["semantics"])))
     result["complete"] = True
-    eval_attacks.write(bench.args.json, result)
+    eval_attacks.write(source.args.json, result)
+
+
+def verdict(checks):
+    """Return what the checks mean for the reported accuracy, as lines."""
+    at_epsilon = [check["numbers"] for check in checks if check["name"] not in ("gradients", "radius")]
+    lowest = min(accuracy for numbers in at_epsilon for accuracy in numbers.values())
+    flagged = [f"{check['name']}: {CHECKS[check['name']][1]}" for check in checks if not check["fine"]]
+    last = (f"Nothing here points to gradient masking. The lowest accuracy found is {lowest:.1%}: an upper bound, as "
+            "every attack gives.")
+    if flagged:
+        last = f"An accuracy under PGD alone is not to be trusted here; the lowest found is {lowest:.1%}, if not lower."
+    return [*flagged, last]
+
+
+class Source:
+    """The model that is attacked, frozen, with the test images. `forward` crafts; `model` scores, in float32."""
+
+    def __init__(self, model, forward, test, args):
+        self.model, self.forward, self.test, self.args = model, forward, test, args
+        self.epsilon, self.found, size = float(Fraction(args.epsilon)), {}, args.batch_size
+        self.batches = list(zip(data.to_float(test.images).split(size), test.labels.split(size), strict=True))
+
+    def logits(self, attack=None, model=None, x_adv=None):
+        """Return the logits (n, K) after attack(x, y, indices), by this or another model. x_adv receives the images."""
+        return eval_attacks.attacked_logits(model or self.model, self.test.images, self.test.labels, attack,
+                                            self.args.batch_size, examples=x_adv)
+
+    def right(self, attack=None):
+        """Return which images are classified correctly after the attack, (n,) bool on the CPU."""
+        return (self.logits(attack).argmax(1) == self.test.labels).cpu()
+
+    def pgd(self, objective="ce", epsilon=None, num_steps=20, restart=0, alpha=0.0):
+        """Return the attack PGD as eval_attacks.py runs it: from a uniform start, in steps of ε/10."""
+        epsilon = epsilon or self.args.epsilon
+        attack = eval_attacks.make_attack(self.forward, {
+            "objective": objective, "epsilon": epsilon, "step_size": str(Fraction(epsilon) / 10),
+            "num_steps": num_steps, "random_start": "uniform", "seed": self.args.seed, "alpha": alpha})
+        return functools.partial(attack, restart=restart)
+
+    def right_after_pgd(self, objective="ce", epsilon=None, num_steps=20, restart=0):
+        """Return self.right(self.pgd(...)), which runs once, although several checks ask for it."""
+        key = objective, epsilon or self.args.epsilon, num_steps, restart
+        if key not in self.found:
+            self.found[key] = self.right(self.pgd(*key))
+        return self.found[key]
+
+
+# The checks. Each returns {name: (n,) bool}, whether that is as it should be, and a sentence. ------------------------
+
+
+def check_gradients(source):
+    """Check that input gradients are finite and not zero: else a sign attack has nothing to follow."""
+    bad = []
+    for x, y in source.batches:
+        gradient = attacks.input_gradient(source.model, x, y, losses.cross_entropy).flatten(1)
+        bad.append((gradient == 0).all(1) | ~gradient.isfinite().all(1))
+    bad = torch.cat(bad)
+    return {"zero or non-finite": bad}, share(bad) <= TOLERANCE, (
+        f"{share(bad):.1%} of the images have a zero or non-finite input gradient")
+
+
+def check_order(source):
+    """Check that uniform noise is weaker than FGSM, and FGSM weaker than PGD-20."""
+    def noise(x, y, indices):
+        start = attacks.start_per_image("uniform", x, source.epsilon, indices, source.args.seed)
+        return attacks.project(x + start, x, source.epsilon)
+
+    fgsm = source.right(lambda x, y, indices: attacks.fgsm(source.forward, x, y, epsilon=source.epsilon))
+    attacked = {"noise": source.right(noise), "FGSM": fgsm, "PGD-20": source.right_after_pgd()}
+    masks = {"natural": source.right()} | attacked
+    return masks, never_raised(attacked), in_words(masks)
+
+
+def check_radius(source):
+    """Check that accuracy falls to 0 within 0.5 of an image: plain grey lies there, which has no class."""
+    radii = {min(times * Fraction(source.args.epsilon), Fraction(1, 2)) for times in (1, 2, 4)} | {Fraction(1, 2)}
+    masks = {str(radius): source.right_after_pgd(epsilon=str(radius), num_steps=40) for radius in sorted(radii)}
+    named = {f"ε {float(Fraction(radius)):.3f}": mask for radius, mask in masks.items()}
+    fine = share(masks["1/2"]) <= TOLERANCE and never_raised(masks)
+    return masks, fine, f"accuracy under PGD-40 at {in_words(named)}"
+
+
+def check_steps(source):
+    """Check that more steps never raise the accuracy."""
+    masks = {str(steps): source.right_after_pgd(num_steps=steps) for steps in STEPS}
+    named = {f"{steps} steps": mask for steps, mask in masks.items()}
+    return masks, never_raised(masks), f"accuracy under PGD with {in_words(named)}"
+
+
+def check_restarts(source):
+    """Check that restarts lower the accuracy little."""
+    masks = torch.stack([source.right_after_pgd(restart=restart) for restart in range(RESTARTS)])
+    after = {str(count): masks[:count].all(0) for count in range(1, RESTARTS + 1)}
+    one, every = after["1"], after[str(RESTARTS)]
+    gain = compare.paired_difference(every.numpy(), one.numpy())
+    return after, gain["interval"][0] <= RESTART_GAIN, (
+        f"PGD-20 {share(one):.1%}, with {RESTARTS} restarts {share(every):.1%}")
+
+
+def check_square(source):
+    """Check that Square, which sees no gradient and attacks the margin, does not beat PGD on CE and on the margin."""
+    model, queries = attacks.for_autoattack(source.model), source.args.square_queries
+    # its draws depend on the batch and its model is not compiled: no batch is filled up
+    x_adv = torch.cat([attacks.square(model, x, y, epsilon=source.epsilon, num_queries=queries, seed=source.args.seed)
+                       for x, y in source.batches])
+    square = source.right(lambda x, y, indices: x_adv[indices])
+    ce, cw = source.right_after_pgd("ce", num_steps=100), source.right_after_pgd("cw", num_steps=100)
+    masks = {"Square": square, "PGD-100": ce, "CW-100": cw, "both": ce & cw}
+    return masks, never_raised({"Square": square, "both": ce & cw}), (
+        f"Square with {queries} queries{in_words(masks).removeprefix('Square')}; "
+        f"{share(ce & cw & ~square):.1%} fall to Square alone")
+
+
+def check_autoattack(source):
+    """Check that stronger attacks do not lower the accuracy under PGD-20 much."""
+    name, components = "APGD-CE + APGD-T", ["apgd-ce", "apgd-t"]
+    if source.args.autoattack:
+        name, components = "AutoAttack", list(attacks.COMPONENTS)
+    model, x, y = attacks.for_autoattack(source.model), data.to_float(source.test.images), source.test.labels
+    x_adv = attacks.autoattack(model, x, y, epsilon=source.epsilon, batch_size=source.args.batch_size,
+                               seed=source.args.seed, components=components)
+    masks = {"PGD-20": source.right_after_pgd(), name: source.right(lambda x, y, indices: x_adv[indices])}
+    gap = share(masks["PGD-20"]) - share(masks[name])
+    return masks, gap <= WIDE_GAP, f"{in_words(masks)}: {100 * gap:.1f} points lower"
+
+
+CHECKS = {  # and what it means where a check speaks up
+    "gradients": (check_gradients, "sign attacks stand still there"),
+    "order": (check_order, "a weaker attack does better than a stronger one: the gradient misleads"),
+    "radius": (check_radius, "PGD fails where success is certain: its number at the usual radius says nothing"),
+    "steps": (check_steps, "more steps raise the accuracy: the gradient misleads"),
+    "restarts": (check_restarts, "success depends on the start: the loss is rugged, one run is too few"),
+    "gradient-free": (check_square, "a gradient-free attack beats the gradient attacks: the gradient is masked"),
+    "stronger": (check_autoattack, "PGD-20 flatters this model: quote the stronger attack"),
+}
+
+
+def share(mask):
+    return mask.float().mean().item()
+
+
+def in_words(masks):
+    return ", ".join(f"{name} {share(mask):.1%}" for name, mask in masks.items())
+
+
+def never_raised(masks):
+    """Return whether no accuracy lies above the one before it, beyond noise: no 95 % interval of a paired difference
+    lies above 0."""
+    masks = [mask.numpy() for mask in masks.values()]
+    differences = [compare.paired_difference(*pair) for pair in itertools.pairwise(masks)]
+    return all(difference["interval"][0] <= 0 for difference in differences)
+
+
+# What the oracle sees. ------------------------------------------------------------------------------------------------
+
+
+def semantics(source, oracle):
+    """Return a row for the natural images, PGD-CE, PGD-KL and each α of PGD-LS. A weaker attack preserves more,
+    trivially. So each one but PGD-CE is followed by PGD-CE at the smaller radius that has the same success on the
+    source; what it preserves beyond that is oracle_over_equal_ce, a paired difference."""
+    rows = [judged(source, oracle, "Natural", None)[0], judged(source, oracle, "PGD-CE", source.pgd())[0]]
+    weaker = [("PGD-KL", source.pgd("kl"))]
+    weaker += [(f"PGD-LS {alpha:g}", source.pgd("lsce", alpha=alpha)) for alpha in source.args.alphas]
+    for name, attack in tqdm(weaker, unit="attack", dynamic_ncols=True):
+        row, agrees = judged(source, oracle, name, attack)
+        radius, found = matched_radius(source, row["source_accuracy"])
+        name = f"  PGD-CE as strong as {name}" if found else f"  PGD-CE at ε, weaker than {name}"
+        equal, agrees_equal = judged(source, oracle, name, source.pgd(epsilon=str(radius)), float(radius))
+        row["oracle_over_equal_ce"] = compare.paired_difference(agrees_equal, agrees)
+        rows += [row, equal]
+    return rows
+
+
+def judged(source, oracle, name, attack, epsilon=None):
+    """Return a row: what the source and the oracle make of the attacked images, over all of them but for
+    oracle_agrees_where_source_fails, and how far they are from x. Also return where the oracle is right, (n,) bool."""
+    epsilon, x, y = epsilon or source.epsilon, data.to_float(source.test.images), source.test.labels
+    x_adv = torch.zeros_like(x)
+    fooled = (source.logits(attack, x_adv=x_adv).argmax(1) != y).cpu()
+    seen = source.logits(lambda x, y, indices: x_adv[indices], oracle)
+    agrees, delta = (seen.argmax(1) == y).cpu(), (x_adv - x).flatten(1)
+    return {"name": name, "epsilon": epsilon, "source_accuracy": 1 - share(fooled), "oracle_agrees": share(agrees),
+            "oracle_agrees_where_source_fails": share(agrees[fooled]) if fooled.any() else None,
+            "oracle_p_true": losses.p_true(seen, y).mean().item(), "l_inf": delta.abs().amax(1).mean().item(),
+            "l2": delta.norm(dim=1).mean().item(), "at_edge": share(delta.abs() >= epsilon - 1e-6)}, agrees
+
+
+def matched_radius(source, accuracy, halvings=8):
+    """Return the smallest radius below ε, by bisection, at which PGD-20 on CE leaves at most this accuracy, and True;
+    or ε and False, where no radius below ε does."""
+    low, high, found = Fraction(0), Fraction(source.args.epsilon), False
+    for _ in range(halvings):
+        middle = (low + high) / 2
+        if share(source.right_after_pgd(epsilon=str(middle))) <= accuracy:
+            high, found = middle, True
+        else:
+            low = middle
+    return high, found
+
+
+def in_one_line(row):
+    """Return a row of the oracle's as text."""
+    line = (f"{row['name']:<36} ε {row['epsilon']:.4f}, right: source {row['source_accuracy']:>6.1%}, oracle "
+            f"{row['oracle_agrees']:>6.1%} with p_y {row['oracle_p_true']:.3f}; L2 {row['l2']:.3f}")
+    if over := row.get("oracle_over_equal_ce"):
+        points = (100 * value for value in (over["difference"], *over["interval"]))
+        line += "; oracle over equal PGD-CE, points: {:+.1f} ({:+.1f} to {:+.1f})".format(*points)
+    return line
 
 
 if __name__ == "__main__":

@@ -1,7 +1,6 @@
-"""Files: this project's checkpoints (written atomically, resumable), released state dicts of the same architectures,
-and arrays of pseudo-labelled images.
+"""Read and write files: this project's checkpoints, state dicts that others released, arrays of pseudo-labelled images.
 
-Nothing from a file is executed: torch.load runs with weights_only=True everywhere, and pickles.py reads the arrays.
+Nothing from a file is executed: torch.load runs with weights_only=True, and pickled arrays are read by the code below.
 """
 
 import hashlib
@@ -23,12 +22,15 @@ _PREFIX = re.compile(r"^(module\.|model\.|_orig_mod\.)+")
 
 def write_atomically(path, write):
     """Write a file so that the old one or the new one is there, whole, at any moment. write: bytes, or a function of
-    the open file. Raises OSError; the old file is then untouched."""
+    the open file. Raise OSError, and leave the old file as it is, where that fails."""
     path = pathlib.Path(path).resolve()  # what a link leads to, and not the link, is replaced
     temporary = path.with_name(f".{path.name}.tmp")
     try:
         with open(temporary, "wb") as file:
-            write(file) if callable(write) else file.write(write)
+            if callable(write):
+                write(file)
+            else:
+                file.write(write)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
@@ -38,7 +40,7 @@ def write_atomically(path, write):
 
 
 def save(state, path):
-    """torch.save, atomically; raises OSError."""
+    """Write `state` by torch.save, atomically. Raise OSError where that fails."""
     def write(file):
         try:
             torch.save(state, file)
@@ -50,8 +52,8 @@ def save(state, path):
 
 
 def load(path, device="cpu"):
-    """What a file holds; raises ValueError with one line for a file that is missing, empty, damaged, an HTML page, or
-    a pickle with anything but tensors and plain values in it (which is not executed)."""
+    """Return what a file holds. Raise ValueError with one line for a file that is missing, empty, damaged, an HTML
+    page, or a pickle with anything but tensors and plain values in it (which is not executed)."""
     path = pathlib.Path(path)
     if not path.is_file():
         raise ValueError(f"{path}: no such file")
@@ -86,14 +88,51 @@ def sha256(path):
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _count(state, pattern):
-    """How many different integers the group of the pattern takes over the keys."""
-    return len({match[1] for key in state if (match := re.match(pattern, key))})
+def load_model(path, device="cpu", arch=None, num_classes=None, normalize=None):
+    """Load a model file: return (the model in float32 and eval mode, info). info holds path, sha256, arch, num_classes,
+    normalize and, for a file of this project, args, epoch and classes. The file says what arch and num_classes are;
+    where they are given, they must agree. normalize: ((mean of 3), (std of 3)), where a released file was trained on
+    normalised images and does not say so; the layer becomes part of the model.
+
+    The file may be this project's or of TRADES, MART, RST, AWP, FAT, robust_overfitting and others of that line of
+    work: a bare state dict or a container, with any mixture of DataParallel's, torch.compile's and Sequential's
+    prefixes. Raise ValueError with one line that says what is wrong with the file.
+    """
+    content = load(path, device)
+    state = content
+    for container in ("state_dict", "model_state_dict"):
+        state = state.get(container, state) if isinstance(state, dict) else None
+    if not isinstance(state, dict) or not all(
+            isinstance(key, str) and isinstance(value, torch.Tensor) and not value.is_complex()
+            for key, value in state.items()):
+        raise ValueError(f"{path}: holds no state dict")
+    state = {_PREFIX.sub("", key): value for key, value in state.items()}
+    try:
+        state, normalize = _normalisation(state, content, normalize)
+        # TRADES' network holds a copy of its first block that it never uses
+        state = {key: value for key, value in state.items() if not key.startswith("sub_block1.")}
+        found_arch, found_classes = infer_arch(state)
+        if arch not in (None, found_arch):
+            raise ValueError(f"it is a {found_arch}, not a {arch}")
+        if num_classes not in (None, found_classes):
+            raise ValueError(f"it has {found_classes} classes, not {num_classes}")
+        _check_fit(state, found_arch, found_classes)
+        info = {"path": str(path), "sha256": sha256(path), "arch": found_arch, "num_classes": found_classes,
+                "normalize": normalize}
+        if content.get("format") == FORMAT:
+            info |= _header(content)
+        model = models.build_model(found_arch, found_classes)
+        model.load_state_dict(state)
+    except Exception as error:  # torch's, where a tensor is sparse, quantized, complex, without memory, ...
+        raise ValueError(f"{path}: {' '.join(str(error).split())}") from None
+    if normalize:
+        model = models.Normalised(model, *normalize)
+    return model.to(device).eval(), info
 
 
 def infer_arch(state):
-    """(architecture name, number of classes) of a state dict with TRADES' or MART's parameter names; raises
-    ValueError if its names and shapes are none that models.py builds."""
+    """Return (architecture name, number of classes) of a state dict with TRADES' or MART's parameter names. Raise
+    ValueError if models.py builds nothing with its names and shapes."""
     if any("init_conv" in key for key in state):
         raise ValueError(f"it is a WideResNet with Swish (init_conv), which is not built here; known: {models.ARCHS}")
     if any(value.ndim == 0 for key, value in state.items() if key.endswith("weight")):
@@ -104,16 +143,24 @@ def infer_arch(state):
         return f"wrn-{depth}-{width}", state["fc.weight"].shape[0]
     if "linear.weight" in state and "layer1.0.conv1.weight" in state:
         blocks = tuple(_count(state, rf"layer{stage}\.(\d+)\.") for stage in (1, 2, 3, 4))
-        block = (models.PreActBlock if "bn.weight" in state else
-                 models.Bottleneck if "layer1.0.conv3.weight" in state else models.BasicBlock)
+        block = models.BasicBlock
+        if "bn.weight" in state:
+            block = models.PreActBlock
+        elif "layer1.0.conv3.weight" in state:
+            block = models.Bottleneck
         for name, known in models.RESNETS.items():
             if known == (block, blocks):
                 return name, state["linear.weight"].shape[0]
     raise ValueError(f"its parameter names are of no known architecture; known: {models.ARCHS}")
 
 
-def _fits(state, arch, num_classes):
-    """ValueError unless the state dict has the architecture's parameters, by name and shape; before memory is spent."""
+def _count(state, pattern):
+    """Return how many different integers the group of the pattern takes over the keys."""
+    return len({match[1] for key in state if (match := re.match(pattern, key))})
+
+
+def _check_fit(state, arch, num_classes):
+    """Raise ValueError unless the state dict has the architecture's parameters, by name and shape. Spend no memory."""
     with torch.device("meta"):
         expected = models.build_model(arch, num_classes).state_dict()
     tracked = {key for key in expected if key.endswith("num_batches_tracked")}  # older torch did not save it
@@ -126,19 +173,19 @@ def _fits(state, arch, num_classes):
 
 
 def _header(content):
-    """The part of an own checkpoint that says what the model is, after a check of its types; raises ValueError."""
+    """Return what an own checkpoint says of its model. Raise ValueError where a type is wrong."""
     header = {key: content.get(key) for key in ("args", "epoch", "classes")}
     types = {"dataset": str, "defense": str, "arch": str, "epsilon": str, "seed": int, "spat_alpha": float | None}
-    if not (isinstance(header["args"], dict) and isinstance(header["epoch"], int)
-            and isinstance(header["classes"], list)
-            and all(isinstance(header["args"].get(key), of) for key, of in types.items())):
-        raise ValueError("its header is not one that train_cifar.py writes")
-    return header
+    args, epoch, classes = header.values()
+    if isinstance(args, dict) and isinstance(epoch, int) and isinstance(classes, list) and all(
+            isinstance(args.get(key), kind) for key, kind in types.items()):
+        return header
+    raise ValueError("its header is not one that train_cifar.py writes")
 
 
 def _normalisation(state, content, stated):
-    """(the network's own entries, (mean, std) or None): some released files hold a layer before the network, as the
-    first of a Sequential or as entries beside the weights; stated is what the user says of it."""
+    """Return (the network's own entries, (mean, std) or None). Some released files hold a layer before the network, as
+    the first of a Sequential or as entries beside the weights. stated: what the user says of it. Raise ValueError."""
     place = next((key[0] for key in state if re.fullmatch(r"\d\.conv1\.weight", key)), None)
     if place:
         state = {key.removeprefix(f"{place}."): value for key, value in state.items()}
@@ -160,51 +207,9 @@ def _normalisation(state, content, stated):
     return state, found or stated
 
 
-def load_model(path, device="cpu", arch=None, num_classes=None, normalize=None):
-    """(the model in float32 and eval mode, info): info holds path, sha256, arch, num_classes, normalize and, for a file
-    of this project, args, epoch and classes. arch and num_classes are read from the file; given, they must agree with
-    it. normalize: ((mean of 3), (std of 3)) where a released file was trained on normalised images and does not say so;
-    the layer becomes part of the model.
-
-    Takes this project's checkpoints and those of TRADES, MART, RST, AWP, FAT, robust_overfitting and others of that
-    line of work, told from their contents: bare state dicts or containers, with any mixture of DataParallel's,
-    torch.compile's and Sequential's prefixes. Raises ValueError with one line that says what is wrong with the file.
-    """
-    content = load(path, device)
-    state = content
-    for container in ("state_dict", "model_state_dict"):
-        state = state.get(container, state) if isinstance(state, dict) else None
-    if not isinstance(state, dict) or not all(
-            isinstance(key, str) and isinstance(value, torch.Tensor) and not value.is_complex()
-            for key, value in state.items()):
-        raise ValueError(f"{path}: holds no state dict")
-    state = {_PREFIX.sub("", key): value for key, value in state.items()}
-    try:
-        state, normalize = _normalisation(state, content, normalize)
-        # TRADES' network holds a copy of its first block that it never uses
-        state = {key: value for key, value in state.items() if not key.startswith("sub_block1.")}
-        found_arch, found_classes = infer_arch(state)
-        if arch not in (None, found_arch):
-            raise ValueError(f"it is a {found_arch}, not a {arch}")
-        if num_classes not in (None, found_classes):
-            raise ValueError(f"it has {found_classes} classes, not {num_classes}")
-        _fits(state, found_arch, found_classes)
-        info = {"path": str(path), "sha256": sha256(path), "arch": found_arch, "num_classes": found_classes,
-                "normalize": normalize}
-        if content.get("format") == FORMAT:
-            info |= _header(content)
-        model = models.build_model(found_arch, found_classes)
-        model.load_state_dict(state)
-    except Exception as error:  # torch's, where a tensor is sparse, quantized, complex, without memory, ...
-        raise ValueError(f"{path}: {' '.join(str(error).split())}") from None
-    if normalize:
-        model = models.Normalised(model, *normalize)
-    return model.to(device).eval(), info
-
-
 def load_arrays(path, names=("data", "extrapolated_targets")):
-    """{name: array} of an .npz file or of a pickle such as RST's, whose names are the default; nothing in it is run.
-    Arrays may be read-only. Raises ValueError with one line for a file that is neither or lacks one of the names."""
+    """Return {name: array} of an .npz file or of a pickle such as RST's, whose names are the default. Arrays may be
+    read-only. Raise ValueError with one line for a file that is neither or lacks one of the names."""
     path = pathlib.Path(path)
     if not path.is_file():
         raise ValueError(f"{path}: no such file")
@@ -224,7 +229,7 @@ def load_arrays(path, names=("data", "extrapolated_targets")):
     return arrays
 
 
-# Arrays from a pickle. ---
+# Arrays from a pickle. ------------------------------------------------------------------------------------------------
 
 # The instructions that write plain values, containers and arrays; any other is refused.
 _VALUES = set("""INT BININT BININT1 BININT2 LONG LONG1 LONG4 FLOAT BINFLOAT UNICODE BINUNICODE SHORT_BINUNICODE
@@ -241,10 +246,20 @@ _NAMES = {"numpy ndarray", "numpy dtype", "_codecs encode"} | {
     for name in ("multiarray _reconstruct", "multiarray scalar", "numeric _frombuffer")}
 
 
+def read_arrays(file, names):
+    """Return ({name: array} for those of the names that the pickled dict in an open file has, all the names that it
+    has). The arrays are read-only. Raise nearly any Exception for a file that holds anything else."""
+    content = _read(file)
+    if not isinstance(content, list):
+        raise ValueError(f"it holds a {type(content).__name__}")
+    held = {key: value for key, value in zip(content[::2], content[1::2], strict=False) if isinstance(key, str)}
+    return {name: _array(held[name]) for name in names if name in held}, list(held)
+
+
 def _read(file):
-    """What the program would build, with a list for all that is no plain value: a dict is [key, value, key, ...], an
-    object [its name, [arguments]] and, with a state, [its name, [arguments], state]. So nothing here can be called,
-    hashed or looked up. Raises nearly anything for a damaged file, ValueError for a name besides _NAMES."""
+    """Return what the pickle would build, with a list for all that is no plain value: a dict is [key, value, key, ...],
+    an object [its name, [arguments]] and, with a state, [its name, [arguments], state]. So nothing here can be called,
+    hashed or looked up. Raise nearly anything for a damaged file, ValueError for a name besides _NAMES."""
     stack, below, memo = [], [], {}
     while True:
         opcode = pickletools.code2op.get(file.read(1).decode("latin-1"))
@@ -283,8 +298,8 @@ def _read(file):
 
 
 def _array(value):
-    """The array that _read's lists tell of; it shares the memory of the bytes read, and is read-only. Or a list of
-    integers as an array. Raises nearly anything, unless it is of numbers and as large as it says."""
+    """Return the array that _read's lists tell of, which shares the memory of the bytes read and is read-only; or a
+    list of integers as an array. Raise nearly anything, unless it is of numbers and as large as it says."""
     axes = []
     match value:
         case ["_reconstruct", _, [_, shape, dtype, order, content]]:
@@ -311,19 +326,9 @@ def _array(value):
     return array.transpose(*axes) if axes else array
 
 
-def read_arrays(file, names):
-    """({name: array} for those of the names that the pickled dict in an open file has, all the names that it has). The
-    arrays are read-only. Raises nearly any Exception for a file that holds anything else."""
-    content = _read(file)
-    if not isinstance(content, list):
-        raise ValueError(f"it holds a {type(content).__name__}")
-    held = {key: value for key, value in zip(content[::2], content[1::2], strict=False) if isinstance(key, str)}
-    return {name: _array(held[name]) for name in names if name in held}, list(held)
-
-
 def refuse_deep_tuples(file, number=1):
-    """ValueError if the first so many pickles of an open file make tuples enough to nest them until Python's hash of
-    one ends the process, in torch.load too (seen at 200,000; a model file makes a few thousand)."""
+    """Raise ValueError if the first `number` pickles of an open file make so many tuples that Python's hash of a nested
+    one may end the process, in torch.load too (seen at 200,000; a model file makes a few thousand)."""
     tuples = sum(opcode.name.startswith("TUPLE") for _ in range(number) for opcode, _, _ in pickletools.genops(file))
     if tuples > 20_000:
         raise ValueError(f"{tuples} tuples")

@@ -5,13 +5,12 @@ randomness of a training step is a function of (seed, step).
 """
 
 import contextlib
-import fcntl
-import os
 import pathlib
 import re
 import warnings
 from typing import NamedTuple
 
+import filelock
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -24,8 +23,8 @@ IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
 
 
 class Dataset(NamedTuple):
-    """images (N, 3, H, W) uint8 in channels_last; labels (N,) int64; the names of the classes; to train on as well, a
-    data set of pseudo-labelled images; and whether a mirrored image is still of its class."""
+    """Images (N, 3, H, W) uint8 in channels_last, labels (N,) int64 and the names of the classes. aux is a data set of
+    pseudo-labelled images to train on as well. mirror says whether a mirrored image is still of its class."""
 
     images: torch.Tensor
     labels: torch.Tensor
@@ -44,21 +43,27 @@ class Dataset(NamedTuple):
         return self.subset(self.labels < k)._replace(classes=self.classes[:k])
 
 
+def load(name, data_dir="data", train=True):
+    """Load the training or the test part of a data set: "cifar10" or "cifar100" (downloaded into data_dir if need be),
+    "cifar10-first4" (its first four classes; any number from 2 on), "digits" (scikit-learn's 8x8 digits, resized to
+    32x32) or a folder with train/CLASS/*.png and test/CLASS/*.png.
+
+    Raise ValueError, with one line that says what to do, where the data are missing or damaged.
+    """
+    if name in ("cifar10", "cifar100"):
+        return _cifar(name, data_dir, train)
+    if name == "digits":
+        return _digits(train)
+    if first := re.fullmatch(r"(cifar100?)-first([2-9]|[1-9]\d)", name):
+        return load(first[1], data_dir, train).first_classes(int(first[2]))
+    if not pathlib.Path(name).is_dir():
+        raise ValueError(f"unknown data set {name!r}: neither {', '.join(NAMED)} nor a folder")
+    return _image_folder(pathlib.Path(name), train)
+
+
 def _dataset(images_nhwc, labels, classes):
     # permuted, NHWC is channels_last: no copy
     return Dataset(torch.from_numpy(images_nhwc).permute(0, 3, 1, 2), torch.tensor(labels), list(classes))
-
-
-@contextlib.contextmanager
-def _alone_in(folder):
-    """One process at a time, where the file system can lock a folder (NFS cannot)."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        with contextlib.suppress(OSError):
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(descriptor)
 
 
 def _cifar(name, data_dir, train):
@@ -84,6 +89,20 @@ def _cifar(name, data_dir, train):
     return _dataset(data.data, data.targets, data.classes)
 
 
+@contextlib.contextmanager
+def _alone_in(folder):
+    """Let one process at a time run the block, where the file system can lock a file."""
+    lock = filelock.FileLock(folder / ".download.lock")
+    try:
+        with contextlib.suppress(OSError):  # read-only, or without locks: nobody waits
+            lock.acquire()
+        yield
+    finally:
+        with contextlib.suppress(OSError):
+            pathlib.Path(lock.lock_file).unlink()  # still held: who waits for it finds it gone, and makes a new one
+        lock.release()
+
+
 def _digits(train):
     from sklearn.datasets import load_digits  # slow to import, and only needed here
 
@@ -97,7 +116,7 @@ def _digits(train):
 
 
 def read_image_files(files):
-    """The RGB images, (N, H, W, 3) uint8, all of one size, that of the first; raises ValueError."""
+    """Return the RGB images, (N, H, W, 3) uint8. Raise ValueError unless all have the size of the first."""
     images = []
     for file in files:
         try:
@@ -112,7 +131,7 @@ def read_image_files(files):
 
 
 def _image_folder(path, train):
-    """PATH/train/CLASS/* and PATH/test/CLASS/*, in a fixed shuffled order: so the first images hold every class."""
+    """Load PATH/train/CLASS/* or PATH/test/CLASS/*, in a fixed shuffled order: so the first images hold every class."""
     from torchvision.datasets.folder import find_classes, make_dataset
 
     try:
@@ -132,27 +151,9 @@ def _one_line(error):
     return " ".join(str(error).split()) or type(error).__name__
 
 
-def load(name, data_dir="data", train=True):
-    """The training or the test part of "cifar10", "cifar100" (downloaded into data_dir if need be), "cifar10-first4"
-    (its first four classes; any number from 2 on), "digits" (scikit-learn's 8x8 digits, resized to 32x32) or a folder
-    with train/CLASS/*.png and test/CLASS/*.png.
-
-    Raises ValueError, with one line that says what to do, where the data are missing or damaged.
-    """
-    if name in ("cifar10", "cifar100"):
-        return _cifar(name, data_dir, train)
-    if name == "digits":
-        return _digits(train)
-    if first := re.fullmatch(r"(cifar100?)-first([2-9]|[1-9]\d)", name):
-        return load(first[1], data_dir, train).first_classes(int(first[2]))
-    if not pathlib.Path(name).is_dir():
-        raise ValueError(f"unknown data set {name!r}: neither {', '.join(NAMED)} nor a folder")
-    return _image_folder(pathlib.Path(name), train)
-
-
 def as_images(path, arrays):
-    """The array `data` of a file, uint8 of N x 32 x 32 x 3 or N x 3 x 32 x 32, as a (N, 3, 32, 32) tensor without a
-    copy; raises ValueError. arrays: of checkpoints.load_arrays."""
+    """Return the array `data` of a file, uint8 of N x H x W x 3 or N x 3 x H x W, as a tensor (N, 3, H, W) without a
+    copy. Raise ValueError if it is another. arrays: of checkpoints.load_arrays."""
     images = arrays["data"]
     if images.dtype != np.uint8 or images.ndim != 4 or 3 not in (images.shape[1], images.shape[3]):
         raise ValueError(f"{path}: `data` is {images.dtype} {images.shape}, not uint8 N x H x W x 3 or N x 3 x H x W")
@@ -164,8 +165,8 @@ def as_images(path, arrays):
 
 
 def pseudo_labelled(path, arrays, like):
-    """The data set `like` with a file's `data` and `extrapolated_targets` (RST's names) as its aux; raises ValueError
-    if they do not fit it. arrays: what the file at `path` holds."""
+    """Return the data set `like` with a file's `data` and `extrapolated_targets` (RST's names) as its aux. Raise
+    ValueError if they do not fit it. arrays: what the file at `path` holds."""
     images, labels = as_images(path, arrays), arrays["extrapolated_targets"]
     if labels.dtype.kind not in "iu" or labels.shape != (len(images),):
         raise ValueError(f"{path}: `extrapolated_targets` is {labels.dtype} {labels.shape}, not {len(images)} integers")
@@ -177,8 +178,8 @@ def pseudo_labelled(path, arrays, like):
 
 
 def split(dataset, val_size, limit=None):
-    """dataset -> (training part, held-out part). val_size images, the same for every seed, are held out; the others
-    stay in their order, of which the first `limit` are kept. Raises ValueError if too few are left."""
+    """Return (training part, held-out part). val_size images, the same for every seed, are held out. The others stay
+    in their order, and the first `limit` of them are kept. Raise ValueError if too few are left."""
     n = len(dataset.labels)
     if n - val_size < (limit or 1):
         raise ValueError(f"{n} training images are too few to hold out {val_size} and train on {limit or 1}")
@@ -188,7 +189,7 @@ def split(dataset, val_size, limit=None):
 
 
 def generator(device, *key):
-    """A torch.Generator on the device, seeded by a hash of the integers in key."""
+    """Return a torch.Generator on the device, seeded by a hash of the integers in key."""
     seed = np.random.SeedSequence(key).generate_state(1, np.uint64)[0]
     return torch.Generator(device).manual_seed(int(seed >> np.uint64(1)))
 
@@ -198,28 +199,28 @@ _SPLIT, _ORDER, _STEP = 1, 2, 3
 
 
 def permutation(n, *key):
-    """A permutation of n, from the integers in key; drawn on the CPU, so that it is the same for every device."""
+    """Return a permutation of n from the integers in key. It is drawn on the CPU, to be the same for every device."""
     return torch.randperm(n, generator=generator("cpu", *key))
 
 
 def step_generator(device, seed, step):
-    """The generator of everything random in one training step: crops, flips, the attack's start."""
+    """Return the generator of everything random in one training step: crops, flips, the attack's start."""
     return generator(device, _STEP, seed, step)
 
 
 def batches(n, batch_size, seed, epoch, aux=0):
-    """The index batches of one epoch, (ceil(n / batch_size), batch_size): every image once; the last batch is filled
-    up from the epoch's first images, so that all batches have one size and no image is left out. With aux, a number
-    below batch_size, that many of each batch are left to `mixed` to fill: the epoch keeps its length and shows the
-    first images of its order only, as RST's."""
+    """Return the index batches of one epoch, (ceil(n / batch_size), batch_size), with every image once. The last batch
+    is filled up from the epoch's first images, so that all batches have one size and no image is left out. With aux, a
+    number below batch_size, that many of each batch are left to `mixed` to fill: the epoch keeps its length and shows
+    only the first images of its order, as RST's."""
     order = permutation(n, _ORDER, seed, epoch)
     steps, size = -(-n // batch_size), batch_size - aux
     return order.repeat(-(-steps * size // n))[: steps * size].view(steps, size)
 
 
 def mixed(dataset, indices, aux, generator):
-    """(images, labels) of the labelled images at `indices` and of `aux` pseudo-labelled ones, drawn with replacement
-    and shuffled among them. The two stay apart in memory, as there may be 1.5 GB of the latter."""
+    """Return (images, labels) of the labelled images at `indices` and of `aux` pseudo-labelled ones, which are drawn
+    with replacement and shuffled among them. The two stay apart in memory: there may be 1.5 GB of the latter."""
     images, labels = dataset.images[indices], dataset.labels[indices]
     if not aux:
         return images, labels
@@ -230,28 +231,27 @@ def mixed(dataset, indices, aux, generator):
             torch.cat([labels, dataset.aux.labels[drawn]])[order])
 
 
+def augment(images, generator, mirror=True, padding=4):
+    """Crop and flip a uint8 batch at random, as TRADES and MART do; return float32 in [0, 1]."""
+    b, device = len(images), images.device
+    top = torch.randint(2 * padding + 1, (b,), generator=generator, device=device)
+    left = torch.randint(2 * padding + 1, (b,), generator=generator, device=device)
+    flip = torch.rand(b, generator=generator, device=device) < (0.5 if mirror else 0.0)
+    return to_float(crop_and_flip(images, top, left, flip, padding))
+
+
 def crop_and_flip(images, top, left, flip, padding=4):
-    """Each image (of (B, C, H, W), any dtype) padded with zeros, cropped at its (top, left) in [0, 2·padding] and
-    mirrored where flip is true; the result is channels_last."""
+    """Pad each image of (B, C, H, W), any dtype, with zeros, crop it at its (top, left) in [0, 2·padding] and mirror it
+    where flip is true. Return the result in channels_last."""
     b, _, h, w = images.shape
     rows = top[:, None] + torch.arange(h, device=images.device)
     columns = left[:, None] + torch.where(
-        flip[:, None], torch.arange(w - 1, -1, -1, device=images.device), torch.arange(w, device=images.device)
-    )
+        flip[:, None], torch.arange(w - 1, -1, -1, device=images.device), torch.arange(w, device=images.device))
     padded = F.pad(images, [padding] * 4).permute(0, 2, 3, 1)
     example = torch.arange(b, device=images.device)[:, None, None]
     return padded[example, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
 
 
 def to_float(images):
-    """uint8 -> float32 in [0, 1], channels_last."""
+    """Turn uint8 into float32 in [0, 1], channels_last."""
     return images.to(torch.float32, memory_format=torch.channels_last).div_(255)
-
-
-def augment(images, generator, mirror=True, padding=4):
-    """Random crop (pad 4) and random horizontal flip of a uint8 batch, as in TRADES and MART; float32 in [0, 1]."""
-    b, device = len(images), images.device
-    top = torch.randint(2 * padding + 1, (b,), generator=generator, device=device)
-    left = torch.randint(2 * padding + 1, (b,), generator=generator, device=device)
-    flip = torch.rand(b, generator=generator, device=device) < (0.5 if mirror else 0.0)
-    return to_float(crop_and_flip(images, top, left, flip, padding))

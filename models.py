@@ -14,24 +14,20 @@ import torch.nn.functional as F
 ARCHS = "wrn-D-W with D = 6n + 4 (wrn-34-10, wrn-28-10, wrn-16-2, ...), resnet-18, resnet-50, preact-resnet-18"
 
 
-def conv3x3(in_planes, planes, stride=1):
-    return nn.Conv2d(in_planes, planes, 3, stride=stride, padding=1, bias=False)
-
-
-def conv1x1(in_planes, planes, stride=1):
-    return nn.Conv2d(in_planes, planes, 1, stride=stride, bias=False)
+def conv(in_planes, planes, size, stride=1):
+    return nn.Conv2d(in_planes, planes, size, stride=stride, padding=size // 2, bias=False)
 
 
 class WideBlock(nn.Module):
-    """The basic block of WRN, pre-activation (Zagoruyko and Komodakis 2016)."""
+    """The pre-activation block of a WideResNet (Zagoruyko and Komodakis 2016)."""
 
     def __init__(self, in_planes, planes, stride):
         super().__init__()
         self.bn1 = nn.BatchNorm2d(in_planes)
-        self.conv1 = conv3x3(in_planes, planes, stride)
+        self.conv1 = conv(in_planes, planes, 3, stride)
         self.bn2 = nn.BatchNorm2d(planes)
-        self.conv2 = conv3x3(planes, planes)
-        self.convShortcut = conv1x1(in_planes, planes, stride) if in_planes != planes else None
+        self.conv2 = conv(planes, planes, 3)
+        self.convShortcut = conv(in_planes, planes, 1, stride) if in_planes != planes else None
 
     def forward(self, x):
         out = F.relu(self.bn1(x))
@@ -52,12 +48,12 @@ class WideStage(nn.Module):
 
 
 class WideResNet(nn.Module):
-    """WRN-depth-width: three stages of (depth - 4) / 6 blocks with 16, 32 and 64 times `width` planes."""
+    """WRN-depth-width: three stages of (depth - 4) / 6 blocks, with 16, 32 and 64 times `width` planes."""
 
     def __init__(self, depth, width, num_classes=10):
         super().__init__()
         num_blocks = (depth - 4) // 6
-        self.conv1 = conv3x3(3, 16)
+        self.conv1 = conv(3, 16, 3)
         self.block1 = WideStage(num_blocks, 16, 16 * width, 1)
         self.block2 = WideStage(num_blocks, 16 * width, 32 * width, 2)
         self.block3 = WideStage(num_blocks, 32 * width, 64 * width, 2)
@@ -73,10 +69,10 @@ class WideResNet(nn.Module):
         return self.fc(F.relu(self.bn1(out)).mean((2, 3)))
 
 
-def _shortcut(in_planes, planes, stride, norm):
+def _shortcut(in_planes, planes, stride):
     if stride == 1 and in_planes == planes:
         return nn.Sequential()
-    return nn.Sequential(conv1x1(in_planes, planes, stride), *([nn.BatchNorm2d(planes)] if norm else []))
+    return nn.Sequential(conv(in_planes, planes, 1, stride), nn.BatchNorm2d(planes))
 
 
 class BasicBlock(nn.Module):
@@ -84,11 +80,11 @@ class BasicBlock(nn.Module):
 
     def __init__(self, in_planes, planes, stride):
         super().__init__()
-        self.conv1 = conv3x3(in_planes, planes, stride)
+        self.conv1 = conv(in_planes, planes, 3, stride)
         self.bn1 = nn.BatchNorm2d(planes)
-        self.conv2 = conv3x3(planes, planes)
+        self.conv2 = conv(planes, planes, 3)
         self.bn2 = nn.BatchNorm2d(planes)
-        self.shortcut = _shortcut(in_planes, planes, stride, norm=True)
+        self.shortcut = _shortcut(in_planes, planes, stride)
 
     def forward(self, x):
         out = F.relu(self.bn1(self.conv1(x)))
@@ -100,13 +96,13 @@ class Bottleneck(nn.Module):
 
     def __init__(self, in_planes, planes, stride):
         super().__init__()
-        self.conv1 = conv1x1(in_planes, planes)
+        self.conv1 = conv(in_planes, planes, 1)
         self.bn1 = nn.BatchNorm2d(planes)
-        self.conv2 = conv3x3(planes, planes, stride)
+        self.conv2 = conv(planes, planes, 3, stride)
         self.bn2 = nn.BatchNorm2d(planes)
-        self.conv3 = conv1x1(planes, 4 * planes)
+        self.conv3 = conv(planes, 4 * planes, 1)
         self.bn3 = nn.BatchNorm2d(4 * planes)
-        self.shortcut = _shortcut(in_planes, 4 * planes, stride, norm=True)
+        self.shortcut = _shortcut(in_planes, 4 * planes, stride)
 
     def forward(self, x):
         out = F.relu(self.bn1(self.conv1(x)))
@@ -120,26 +116,28 @@ class PreActBlock(nn.Module):
     def __init__(self, in_planes, planes, stride):
         super().__init__()
         self.bn1 = nn.BatchNorm2d(in_planes)
-        self.conv1 = conv3x3(in_planes, planes, stride)
+        self.conv1 = conv(in_planes, planes, 3, stride)
         self.bn2 = nn.BatchNorm2d(planes)
-        self.conv2 = conv3x3(planes, planes)
-        self.shortcut = _shortcut(in_planes, planes, stride, norm=False)
+        self.conv2 = conv(planes, planes, 3)
+        self.shortcut = None
+        if stride != 1 or in_planes != planes:
+            self.shortcut = nn.Sequential(conv(in_planes, planes, 1, stride))
 
     def forward(self, x):
         out = F.relu(self.bn1(x))
-        if len(self.shortcut):  # the projection sees the activation, the identity does not
+        if self.shortcut is not None:
             x = self.shortcut(out)
         return x + self.conv2(F.relu(self.bn2(self.conv1(out))))
 
 
 class ResNet(nn.Module):
-    """ResNet with the CIFAR stem (a 3x3 convolution, no pooling); with pre-activation blocks the batch norm of the
-    stem moves behind the last block (He et al. 2016)."""
+    """ResNet whose first layer is a 3x3 convolution without pooling, as for CIFAR. With pre-activation blocks the
+    first batch norm moves behind the last block (He et al. 2016)."""
 
     def __init__(self, block, num_blocks, num_classes=10):
         super().__init__()
         self.preact = block is PreActBlock
-        self.conv1 = conv3x3(3, 64)
+        self.conv1 = conv(3, 64, 3)
         if not self.preact:
             self.bn1 = nn.BatchNorm2d(64)
         in_planes = 64
@@ -163,19 +161,15 @@ class ResNet(nn.Module):
         return self.linear(out.mean((2, 3)))
 
 
-RESNETS = {
-    "resnet-18": (BasicBlock, (2, 2, 2, 2)),
-    "resnet-50": (Bottleneck, (3, 4, 6, 3)),
-    "preact-resnet-18": (PreActBlock, (2, 2, 2, 2)),
-}
+RESNETS = {"resnet-18": (BasicBlock, (2, 2, 2, 2)), "resnet-50": (Bottleneck, (3, 4, 6, 3)),
+           "preact-resnet-18": (PreActBlock, (2, 2, 2, 2))}
 
 
 def parse_arch(name):
-    """name -> (constructor, its arguments); raises ValueError on a name that is not an architecture."""
+    """Return (constructor, its arguments) for an architecture's name. Raise ValueError on another name."""
     if name in RESNETS:
         return ResNet, RESNETS[name]
-    match = re.fullmatch(r"wrn-(\d{1,3})-(\d{1,2})", name)
-    if match:
+    if match := re.fullmatch(r"wrn-(\d{1,3})-(\d{1,2})", name):
         depth, width = int(match[1]), int(match[2])
         if depth >= 10 and (depth - 4) % 6 == 0 and width >= 1:
             return WideResNet, (depth, width)
@@ -183,14 +177,13 @@ def parse_arch(name):
 
 
 def build_model(name, num_classes=10):
-    """A new model in train mode, in channels_last: "wrn-34-10" or any wrn-D-W, "resnet-18", "resnet-50",
-    "preact-resnet-18". Raises ValueError on another name."""
+    """Return a new model of one of ARCHS, in train mode and in channels_last. Raise ValueError on another name."""
     constructor, arguments = parse_arch(name)
     return constructor(*arguments, num_classes=num_classes).to(memory_format=torch.channels_last)
 
 
 class Normalised(nn.Module):
-    """model((x - mean) / std): so that every attack works on x in [0, 1]. mean, std: three numbers each."""
+    """model((x - mean) / std), so that every attack works on x in [0, 1]. mean and std are three numbers each."""
 
     def __init__(self, model, mean, std):
         super().__init__()
@@ -204,19 +197,14 @@ class Normalised(nn.Module):
 
 @contextlib.contextmanager
 def frozen(model):
-    """Inside, the model is in eval mode and its parameters want no gradient: how an attack must see it. Afterwards
-    every sub-module's mode and every parameter's requires_grad is what it was."""
+    """Put the model into eval mode and its parameters' gradients off, as an attack must see it. Restore every
+    sub-module's mode and every parameter's requires_grad at the end."""
     modes = [(module, module.training) for module in model.modules()]
-    wants = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     try:
-        model.eval()
-        for parameter, _ in wants:
-            parameter.requires_grad_(False)
-        yield model
+        yield model.eval().requires_grad_(False)
     finally:
         for module, training in modes:
             module.training = training
-        for parameter, requires_grad in wants:
+        for parameter, requires_grad in flags:
             parameter.requires_grad_(requires_grad)
-
-

@@ -80,7 +80,7 @@ def test_what_the_oracle_sees(model_path, monkeypatch, tmp_path):
         for parameter in oracle.parameters():  # it sees much of what the source sees, not all
             parameter += 0.2 * parameter.std() * torch.randn_like(parameter)
     torch.save(oracle.state_dict(), tmp_path / "o.pt")
-    monkeypatch.setattr(audit, "CHECKS", {"order": audit.check_order})
+    monkeypatch.setattr(audit, "CHECKS", {"order": audit.CHECKS["order"]})
     result, _ = run(model_path, monkeypatch, None, "--num-images", "40", "--oracle", str(tmp_path / "o.pt"),
                     "--alphas", "0", "1")
     rows = {row["name"]: row for row in result["semantics"]}
@@ -108,10 +108,10 @@ def test_what_the_oracle_sees(model_path, monkeypatch, tmp_path):
 
 
 def test_an_interrupted_audit_keeps_what_is_finished(model_path, tmp_path, monkeypatch):
-    def interrupted(bench):
+    def interrupted(source):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(audit, "CHECKS", {"order": audit.check_order, "steps": interrupted})
+    monkeypatch.setattr(audit, "CHECKS", {"order": audit.CHECKS["order"], "steps": (interrupted, "")})
     with pytest.raises(SystemExit) as exit_info:
         audit.main(["--model-path", str(model_path), *SMALL, "--json", str(tmp_path / "a.json")])
     result = json.loads((tmp_path / "a.json").read_text())
@@ -123,7 +123,7 @@ def test_a_gpu_out_of_memory_ends_in_one_line(model_path, monkeypatch):
     def full(*_):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(audit.cli, "forward_passes", full)
+    monkeypatch.setattr(audit.runtime, "forward_pass", full)
     with pytest.raises(SystemExit, match="^audit.py: CUDA out of memory$"):
         audit.main(["--model-path", str(model_path), *SMALL])
 
@@ -140,8 +140,12 @@ def test_all_batches_of_the_attacks_have_one_size(small_net):
     for batch_size in (4, 10):
         _, args = audit.parse_args(["--model-path", "m.pt", "--epsilon", "0.1", "--batch-size", str(batch_size)])
         with models.frozen(small_net):
-            bench = audit.Bench(small_net, forward, data.Dataset(images, labels, list("abcde")), args)
-            outcomes.append((bench.attacked("ce"), bench.attacked("kl"), audit.check_order(bench)[0]))
+            source = audit.Source(small_net, forward, data.Dataset(images, labels, list("abcde")), args)
+            ce, kl = torch.zeros(2, 10, 3, 8, 8)
+            for objective, x_adv in (("ce", ce), ("kl", kl)):
+                source.logits(source.pgd(objective), x_adv=x_adv)
+            masks = audit.check_order(source)[0]
+            outcomes.append((ce, kl, {name: audit.share(mask) for name, mask in masks.items()}))
         assert sizes == {batch_size}
         sizes.clear()
     for a, b in zip(*(found[:2] for found in outcomes), strict=True):
@@ -153,10 +157,10 @@ def test_a_radius_that_no_weaker_attack_matches(model_path, monkeypatch):
     """PGD-CE at any radius is weaker than what breaks everything."""
     model, _ = checkpoints.load_model(model_path)
     _, args = audit.parse_args(["--model-path", "m.pt", "--epsilon", "0.01"])
-    bench = audit.Bench(model, model, data.load("digits", train=False).subset(slice(8)), args)
+    source = audit.Source(model, model, data.load("digits", train=False).subset(slice(8)), args)
     with models.frozen(model):
-        assert audit.matched_radius(bench, -1.0, halvings=2) == (audit.Fraction("0.01"), False)
-        assert audit.matched_radius(bench, 1.0, halvings=2) == (audit.Fraction("0.0025"), True)
+        assert audit.matched_radius(source, -1.0, halvings=2) == (audit.Fraction("0.01"), False)
+        assert audit.matched_radius(source, 1.0, halvings=2) == (audit.Fraction("0.0025"), True)
 
 
 def test_bad_input(model_path, tmp_path, capsys):

@@ -1,11 +1,10 @@
 """bench.py: both sides compute the same thing, the operations are counted right, and the table holds every row."""
 
-import functools
 import json
 
 import pytest
 import torch
-from helpers import SmallNet, fails_in_one_line
+from helpers import fails_in_one_line
 
 import bench
 import models
@@ -92,7 +91,7 @@ def test_a_failing_compiler_is_named(monkeypatch, capsys):
             raise RuntimeError("no compiler")
         return call
 
-    monkeypatch.setattr(bench.cli.torch, "compile", fail)
+    monkeypatch.setattr(bench.runtime.torch, "compile", fail)
     monkeypatch.setattr(bench, "peak_memory", lambda *_: 0)  # measured in another process, which has a compiler
     result = bench.main([*SMALL[:-1], "on", "--precision", "fp32"])
     assert result["how"]["ours, fp32 compiled"] == "eager; torch.compile failed (RuntimeError): no compiler"
@@ -112,17 +111,3 @@ def test_the_sides(device, textbook, flags, levels):
         f"ours, bf16 {level}": "bf16" for level in levels}
     args.precision = "fp32"
     assert [name for name in bench.sides_of(args)] == ["textbook"] + [f"ours, fp32 {level}" for level in levels]
-
-
-@pytest.mark.slow
-def test_every_point_of_scaling_is_compiled(monkeypatch, capsys):
-    """torch stops at its limit of versions and runs eager code: here it must not, and if it did it were an error."""
-    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
-    monkeypatch.setattr(models, "build_model", lambda *_: SmallNet(10, size=32))
-    monkeypatch.setattr(bench, "flops", lambda *_: {"training step": 1})
-    monkeypatch.setattr(bench.cli, "seconds", lambda *_, **__: float(torch._dynamo.config.fail_on_recompile_limit_hit))
-    with torch._dynamo.config.patch(recompile_limit=2):
-        result = bench.main([*SMALL[:-2], "--scaling", "--compile", "on", "--precision", "fp32"])
-    assert len(result["rows"]) == 13 and result["compile"] == "on"
-    assert all(row["how"].startswith("compiled; ") and row["seconds"] == 1 for row in result["rows"])
-    assert capsys.readouterr().out.count("to compile and try") == 13
