@@ -77,7 +77,7 @@ def evaluate(model, test, args, result, device):
             result["attacks"].append(row)
             passes_done += attack.passes * images_each
             bar.update(passes_done - bar.n)  # what was skipped, as images fell before
-            bar.set_postfix_str(f"{attack.name} {row['accuracy']:.1%}, {row['n'] / max(row['seconds'], 0.01):.0f} img/s")
+            bar.set_postfix_str(f"{attack.name} {row['accuracy']:.1%}, {row['n'] / max(row['seconds'], .01):.0f} img/s")
             if not attack.params and row["accuracy"] <= 1 / len(test.classes) + 0.05:
                 bar.write(f"warning: {row['accuracy']:.1%} natural accuracy is near chance: probably wrong "
                           "preprocessing (--normalize), or the labels are in another order", file=sys.stderr)

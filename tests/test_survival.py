@@ -173,7 +173,7 @@ def test_any_command_line_ends_in_one_line(tmp_path, capsys, monkeypatch, fuzz_c
     monkeypatch.setattr(train_cifar, "train", begin)
     monkeypatch.setattr(eval_attacks, "evaluate", begin)
     monkeypatch.setattr(audit.runtime, "forward_pass", begin)
-    monkeypatch.setattr(pseudo_label.scores, "attacked_logits", begin)
+    monkeypatch.setattr(pseudo_label.eval_attacks, "attacked_logits", begin)
     monkeypatch.setattr(train_cifar.pathlib.Path, "mkdir", begin)
     own_checkpoint(tmp_path / "m.pt", num_classes=10)
     np.savez(tmp_path / "aux.npz", data=np.zeros((3, 32, 32, 3), np.uint8), extrapolated_targets=np.arange(3))
