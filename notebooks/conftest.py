@@ -4,6 +4,7 @@ live (lines that begin with "~ ", equal within 0.03), and that every code cell w
 import base64
 import copy
 import io
+import os
 import pathlib
 import re
 
@@ -56,6 +57,12 @@ def pytest_configure(config):
     if hasattr(config.option, "nbval"):
         config.option.nbval = config.option.nbval_current_env = True
         config.option.nbval_sanitize_with = str(pathlib.Path(__file__).with_name("sanitize.cfg"))
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item):
+    """Before nbval starts a kernel: beside other programs two threads take many times the CPU time of one."""
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 @pytest.hookimpl(wrapper=True)

@@ -11,6 +11,13 @@ import models
 os.environ.setdefault("GIT_PYTHON_REFRESH", "quiet")  # foolbox imports GitPython, which wants the git binary
 
 
+def pytest_configure(config):
+    """One thread, but for the slow tests: nets so small gain little from a second one, which waits actively. Beside
+    other programs two threads took many times the CPU time of one."""
+    if config.option.markexpr == "not slow":
+        torch.set_num_threads(1)
+
+
 def pytest_generate_tests(metafunc):
     if "fuzz_cases" in metafunc.fixturenames:
         metafunc.parametrize("fuzz_cases", [int(os.environ.get("FUZZ_CASES", "500"))])
