@@ -59,7 +59,8 @@ def probabilities(model, x):
     """softmax(model(x)), (B, K), a constant: KL's target. x wants a gradient here too, so that a compiled model runs
     the graph of the attack's steps, and none is compiled for this alone."""
     with torch.enable_grad():
-        return model(x.detach().requires_grad_()).float().softmax(1).detach()
+        logits = model(x.detach().requires_grad_()).detach()
+    return (logits if logits.dtype == torch.float64 else logits.float()).softmax(1)
 
 
 def pgd(model, x, target, objective, *, epsilon, step_size, num_steps, random_start="uniform"):

@@ -41,14 +41,12 @@ def lsce(logits, y, alpha):
     F.cross_entropy(label_smoothing=alpha): torch spreads its value over all K classes, the true one included,
     so that α here is its αK/(K-1), which it refuses above 1.
     """
-    if isinstance(alpha, torch.Tensor):
-        alpha = alpha[:, None]
-    elif not 0 <= alpha <= 1:
+    if not isinstance(alpha, torch.Tensor) and not 0 <= alpha <= 1:
         raise ValueError(f"alpha must be in [0, 1], not {alpha}")
     log_p = _log_softmax(logits)
-    one_hot = torch.zeros_like(log_p).scatter(1, y[:, None], 1.0)
-    y_ls = (1 - alpha) * one_hot + alpha / (logits.shape[1] - 1) * (1 - one_hot)  # Eq. 9
-    return -(y_ls * log_p).sum(1)  # Eq. 8
+    log_p_y = _true(log_p, y)
+    mean_of_others = (log_p.sum(1) - log_p_y) / (logits.shape[1] - 1)
+    return -((1 - alpha) * log_p_y + alpha * mean_of_others)  # Eq. 8, with y_LS of Eq. 9 put in
 
 
 def cross_entropy(logits, y):
