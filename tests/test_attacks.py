@@ -151,6 +151,13 @@ def test_nothing_is_left_behind(small_net, images):
     assert all(torch.equal(v, buffers[k]) for k, v in small_net.named_buffers())
 
 
+def test_probabilities_are_a_constant(small_net, images):
+    """Else every step of the attack would keep, and walk, the graph of the clean pass too."""
+    p = attacks.probabilities(small_net, images[0])
+    torch.testing.assert_close(p, F.softmax(small_net(images[0]), 1))
+    assert not p.requires_grad
+
+
 def test_frozen_restores_after_an_error(small_net):
     small_net.train()
     with pytest.raises(KeyError), models.frozen(small_net):

@@ -284,6 +284,34 @@ def test_a_stopped_run_goes_on_to_the_same_end(tmp_path, monkeypatch, stop_after
         assert all(torch.equal(whole[key], cut[key]) for key in whole)
 
 
+def test_a_resumed_run_remembers_its_best(tmp_path, monkeypatch):
+    """Stopped after an epoch that was better than any to come."""
+    monkeypatch.setattr(models, "build_model", tiny_model)
+    scores = iter([0.9, 0.1])
+    row = {f"val_{name}_{what}": 0.5 for name in ("natural", "robust") for what in ("accuracy", "loss")}
+    monkeypatch.setattr(rundir, "validate", lambda *_: row | {"val_robust_accuracy": next(scores)})
+    run_until(3, ["--defense", "madry", *TINY, "--out-dir", str(tmp_path)], monkeypatch)
+    train_cifar.main(["--resume", "--out-dir", str(tmp_path)])
+    assert checkpoints.load(tmp_path / "best.pt")["epoch"] == 1 and checkpoints.load(tmp_path / "last.pt")["epoch"] == 2
+
+
+def test_it_saves_every_so_many_minutes(tmp_path, monkeypatch):
+    """By a clock on which every step takes 25 seconds."""
+    monkeypatch.setattr(models, "build_model", tiny_model)
+    saved, clock, real = [], [0.0], data.augment
+
+    def slow(*args):
+        clock[0] += 25
+        return real(*args)
+
+    monkeypatch.setattr(data, "augment", slow)
+    monkeypatch.setattr(rundir.time, "perf_counter", lambda: clock[0])
+    monkeypatch.setattr(rundir, "save_run", lambda state, out_dir: saved.append(state["step"]))
+    train_cifar.main(["--defense", "madry", *TINY, "--epochs", "1", "--batch-size", "8", "--save-minutes", "1",
+                      "--out-dir", str(tmp_path)])
+    assert saved == [0, 3, 6]  # after 75 seconds, and at the end
+
+
 @pytest.mark.parametrize("left", [{"args.json", ".lock"}, {"last.pt"}, {"last.prev.pt"}, {"best.pt"}, {"log.csv"}])
 def test_a_run_is_not_overwritten_but_one_that_saved_nothing_starts_again(tmp_path, capsys, left):
     for name in left:
