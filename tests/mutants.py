@@ -6,37 +6,41 @@ A mutant names no file: its snippet must stand in the top-level files exactly on
 """
 
 import concurrent.futures
+import contextlib
+import io
+import multiprocessing
 import os
 import pathlib
 import shutil
-import subprocess
-import sys
 
 import pytest
+import torch
 
 pytestmark = pytest.mark.slow
 ROOT = pathlib.Path(__file__).parent.parent
+SLOW_IMPORTS = ["foolbox", "matplotlib.figure", "pytest", "scipy.stats", "sklearn.datasets", "torch", "torchvision"]
+LOOP = "test_loop.py::test_train_equals_the_independent_loop[mart]"
 
 MUTANTS = {  # name: (snippet, replacement, *the tests that must fail)
     # training
     "the rate is never set": (
-        'group["lr"] = rate', "pass", "test_loop.py"),
+        'group["lr"] = rate', "pass", LOOP),
     "the schedule is one epoch behind": (
-        "learning_rate(args, epoch + 1, ", "learning_rate(args, epoch, ", "test_loop.py"),
+        "learning_rate(args, epoch + 1, ", "learning_rate(args, epoch, ", LOOP),
     "--nesterov is ignored": (
         "nesterov=args.nesterov", "nesterov=False", "test_flags.py::test_train[--nesterov]"),
     "every epoch has the same order": (
-        "args.batch_size, args.seed, epoch, ", "args.batch_size, args.seed, 0, ", "test_loop.py"),
+        "args.batch_size, args.seed, epoch, ", "args.batch_size, args.seed, 0, ", LOOP),
     "the adversarial pass comes first": (
-        "for batch in (x, x_adv))", "for batch in (x_adv, x))[::-1]", "test_loop.py"),
+        "for batch in (x, x_adv))", "for batch in (x_adv, x))[::-1]", LOOP),
     "the training attack starts at the image": (
         "num_steps=args.num_steps, random_start=start)", 'num_steps=args.num_steps, random_start="none")',
         "test_flags.py::test_train[--random-start]"),
     "validation takes steps of epsilon / 4": (
         'str(Fraction(args.epsilon) / 10), "num_steps": 20', 'str(Fraction(args.epsilon) / 4), "num_steps": 20',
-        "test_loop.py"),
+        LOOP),
     "digits are mirrored": (
-        "data.augment(images, rng, train_set.mirror)", "data.augment(images, rng)", "test_loop.py"),
+        "data.augment(images, rng, train_set.mirror)", "data.augment(images, rng)", LOOP),
     "--momentum is ignored": (
         "args.lr, args.momentum, ", "args.lr, 0.9, ", "test_flags.py::test_train[--momentum]"),
     "--weight-decay is ignored": (
@@ -44,10 +48,10 @@ MUTANTS = {  # name: (snippet, replacement, *the tests that must fail)
     "--beta is ignored": (
         "logits_nat, y, args.beta)", "logits_nat, y, 5.0)", "test_flags.py::test_train[--beta]"),
     "the update runs in eval mode": (
-        "both_passes.train()", "both_passes.eval()", "test_loop.py"),
+        "both_passes.train()", "both_passes.eval()", LOOP),
     "the training attack runs in train mode": (
         "with models.frozen(model):\n        if objective", "with contextlib.nullcontext():\n        if objective",
-        "test_loop.py"),
+        LOOP),
     "gradients add up": (
         "optimizer.zero_grad(set_to_none=True)", "pass",
         "test_train.py::test_a_step_leaves_no_gradient_and_the_weights_of_the_textbook_order"),
@@ -61,21 +65,21 @@ MUTANTS = {  # name: (snippet, replacement, *the tests that must fail)
         "target = attacks.probabilities(fast, x)", "target = attacks.probabilities(model, x)",
         "test_train.py::test_trades_target_is_of_the_callable_that_is_attacked"),
     "every step draws alike": (
-        "train_set.images.device, args.seed, step)", "train_set.images.device, args.seed, 0)", "test_loop.py"),
+        "train_set.images.device, args.seed, step)", "train_set.images.device, args.seed, 0)", LOOP),
     "of equal epochs the first is best": (
-        "score >= self.best", "score > self.best", "test_loop.py"),
+        "score >= self.best", "score > self.best", LOOP),
     "the best epoch is the one best on clean images": (
-        '"val_natural_accuracy" if standard else', '"val_natural_accuracy" if True else', "test_loop.py"),
+        '"val_natural_accuracy" if standard else', '"val_natural_accuracy" if True else', LOOP),
     "the epoch's sums go on": (
-        "self.sums.zero_()", "pass", "test_loop.py"),
+        "self.sums.zero_()", "pass", LOOP),
     "validation runs in train mode": (
         "with models.frozen(model):\n        for name, attack in", "if True:\n        for name, attack in",
-        "test_loop.py"),
+        LOOP),
     "the log's accuracies change places": (
         "for logits in (logits_nat, logits_adv)]", "for logits in (logits_adv, logits_nat)]",
         "test_train.py::test_the_tally_counts_per_example"),
     "the logged loss is the last epoch's mean over images": (
-        '"train_loss": loss / steps', '"train_loss": loss / (steps * args.batch_size)', "test_loop.py"),
+        '"train_loss": loss / steps', '"train_loss": loss / (steps * args.batch_size)', LOOP),
     "the share of every step is logged": (
         "% run.steps_per_epoch % SHARES_EVERY", "% run.steps_per_epoch % 1",
         "test_train.py::test_the_tally_counts_per_example"),
@@ -146,7 +150,8 @@ MUTANTS = {  # name: (snippet, replacement, *the tests that must fail)
         "        watched(last)\n", "        pass\n",
         "test_attacks.py::test_worst_iterate_keeps_what_the_attack_passes_by"),
     "any step keeps the best iterate": (
-        "else now < lowest", "else now > lowest", "test_attacks.py::test_worst_iterate_keeps_what_the_attack_passes_by"),
+        "else now < lowest", "else now > lowest",
+        "test_attacks.py::test_worst_iterate_keeps_what_the_attack_passes_by"),
     "the shares change places": (
         "torch.stack([before > 1 - alpha, after > before])", "torch.stack([after > before, before > 1 - alpha])",
         "test_train.py::test_the_tally_counts_per_example"),
@@ -193,7 +198,8 @@ MUTANTS = {  # name: (snippet, replacement, *the tests that must fail)
         "x_adv = project(x + random_start, x, epsilon)", "x_adv = x + random_start",
         "test_attacks.py::test_ball_and_box_are_never_left[0.0005-0.1-gaussian]"),
     "a step is left out": (
-        "for _ in range(num_steps):\n        x_adv = project(", "for _ in range(num_steps - 1):\n        x_adv = project(",
+        "for _ in range(num_steps):\n        x_adv = project(",
+        "for _ in range(num_steps - 1):\n        x_adv = project(",
         "test_attacks.py::test_pgd_equals_foolbox[ce-none]"),
     "FGSM starts at random": (
         'epsilon=epsilon, step_size=epsilon, num_steps=1, random_start="none")',
@@ -205,16 +211,18 @@ MUTANTS = {  # name: (snippet, replacement, *the tests that must fail)
     "the Gaussian start is as wide as the ball": (
         "normal_(0, 0.001, ", "normal_(0, epsilon, ", "test_attacks.py::test_starts_are_what_their_names_say"),
     "KL's target is not constant": (
-        ".float().softmax(1).detach()", ".float().softmax(1)", "test_attacks.py::test_probabilities_are_a_constant"),
+        "logits = model(x.detach().requires_grad_()).detach()", "logits = model(x.detach().requires_grad_())",
+        "test_attacks.py::test_probabilities_are_a_constant"),
     "the model stays frozen": (
         "module.training = training", "pass", "test_attacks.py::test_frozen_restores_after_an_error"),
     "the frozen model stays in train mode": (
-        "        model.eval()\n        for parameter", "        for parameter", "test_attacks.py::test_nothing_is_left_behind"),
+        "        model.eval()\n        for parameter", "        for parameter",
+        "test_attacks.py::test_nothing_is_left_behind"),
     "AutoAttack's outcomes are ignored": (
         "robust[standing] = label == y[standing]", "pass", "test_autoattack.py::test_the_row_of_the_evaluation"),
     # losses
     "LSCE smooths over all classes": (
-        "alpha / (logits.shape[1] - 1) * (1 - one_hot)", "alpha / logits.shape[1]",
+        "(log_p.sum(1) - log_p_y) / (logits.shape[1] - 1)", "log_p.mean(1)",
         "test_losses.py::test_lsce_is_torchs_label_smoothing_with_another_scale[0.3-10]"),
     "TRADES' KL runs the other way": (
         "beta * _kl(logits_nat, logits_adv).mean()", "beta * _kl(logits_adv, logits_nat).mean()",
@@ -302,19 +310,24 @@ MUTANTS = {  # name: (snippet, replacement, *the tests that must fail)
 }
 
 
-def run_tests(folder, tests):
-    """Run these tests in a copy of the repository: pytest's exit code (0: all pass, 1: some fail), and its words."""
-    command = [sys.executable, "-m", "pytest", "-x", "-q", "-o", "addopts=", "-p", "no:nbval", "-p", "no:cacheprovider"]
-    done = subprocess.run([*command, *dict.fromkeys(f"tests/{test}" for test in tests)], cwd=folder, timeout=600,
-                          env=os.environ | {"OMP_NUM_THREADS": "1"}, text=True, stdout=subprocess.PIPE,
-                          stderr=subprocess.STDOUT)
-    return done.returncode, done.stdout
+def run_tests(folder, tests, snippet=None, replacement=None):
+    """Run these tests in a copy of the repository, with a mutant if there is a snippet: pytest's exit code (0: all pass,
+    1: some fail), and its words."""
+    copy_repository(folder)
+    if snippet:
+        mutate(folder, snippet, replacement)
+    os.chdir(folder)
+    torch.set_num_threads(1)
+    options = "-x -q -o addopts= -p no:nbval -p no:cacheprovider".split()
+    with contextlib.redirect_stdout(io.StringIO()) as words, contextlib.redirect_stderr(words):
+        code = pytest.main([*options, *dict.fromkeys(f"tests/{test}" for test in tests)])
+    return int(code), words.getvalue()
 
 
 def copy_repository(folder):
-    shutil.copytree(ROOT / "tests", folder / "tests", ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copytree(ROOT / "tests", folder / "tests")
     for file in [*ROOT.glob("*.py"), ROOT / "pyproject.toml"]:
-        shutil.copy(file, folder)
+        shutil.copy2(file, folder)
 
 
 def mutate(folder, snippet, replacement):
@@ -326,27 +339,33 @@ def mutate(folder, snippet, replacement):
 
 
 @pytest.fixture(scope="module")
-def outcomes(request, tmp_path_factory):
-    """{mutant: a future of run_tests} of the mutants that pytest was asked for; two run at a time."""
-    def run(name):
-        folder = tmp_path_factory.mktemp("mutant")
-        copy_repository(folder)
-        snippet, replacement, *tests = MUTANTS[name]
-        mutate(folder, snippet, replacement)
-        return run_tests(folder, tests)
-
-    asked = [item.callspec.params["name"] for item in request.session.items if "outcomes" in item.fixturenames]
-    with concurrent.futures.ThreadPoolExecutor(2) as pool:
-        yield {name: pool.submit(run, name) for name in asked}
+def pool():
+    """Two processes at a time, a new one for each task, forked from one that has imported what takes seconds."""
+    server = multiprocessing.get_context("forkserver")
+    server.set_forkserver_preload(SLOW_IMPORTS)
+    with concurrent.futures.ProcessPoolExecutor(2, server, max_tasks_per_child=1) as pool:
+        yield pool
 
 
-def test_unbroken_code_passes(tmp_path):
-    copy_repository(tmp_path)
-    code, words = run_tests(tmp_path, [test for _, _, *tests in MUTANTS.values() for test in tests])
+@pytest.fixture(scope="module")
+def outcomes(request, tmp_path_factory, pool):
+    """{mutant: a future of run_tests} of the mutants that pytest was asked for."""
+    futures = {}
+    for item in request.session.items:
+        if "outcomes" in item.fixturenames:
+            name, folder = item.callspec.params["name"], tmp_path_factory.mktemp("mutant") / "copy"
+            snippet, replacement, *tests = MUTANTS[name]
+            futures[name] = pool.submit(run_tests, folder, tests, snippet, replacement)
+    return futures
+
+
+def test_unbroken_code_passes(tmp_path, pool):
+    tests = [test for _, _, *tests in MUTANTS.values() for test in tests]
+    code, words = pool.submit(run_tests, tmp_path / "copy", tests).result(timeout=1200)
     assert code == 0, words
 
 
 @pytest.mark.parametrize("name", MUTANTS)
 def test_mutant_is_noticed(name, outcomes):
-    code, words = outcomes[name].result()
+    code, words = outcomes[name].result(timeout=1200)
     assert code == 1, f"pytest's exit code is {code} (0: it survives): {words}"
