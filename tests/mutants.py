@@ -67,9 +67,11 @@ MUTANTS = {  # name: (snippet, replacement, *the tests that must fail)
     "every step draws alike": (
         "train_set.images.device, args.seed, step)", "train_set.images.device, args.seed, 0)", LOOP),
     "of equal epochs the first is best": (
-        "score >= self.best", "score > self.best", LOOP),
+        "score >= self.best", "score > self.best",
+        "test_train.py::test_the_best_epoch[madry-natural2-robust2-2]"),
     "the best epoch is the one best on clean images": (
-        '"val_natural_accuracy" if standard else', '"val_natural_accuracy" if True else', LOOP),
+        '"val_natural_accuracy" if standard else', '"val_natural_accuracy" if True else',
+        "test_train.py::test_the_best_epoch[madry-natural0-robust0-2]"),
     "the epoch's sums go on": (
         "self.sums.zero_()", "pass", LOOP),
     "validation runs in train mode": (
@@ -92,13 +94,13 @@ MUTANTS = {  # name: (snippet, replacement, *the tests that must fail)
         "test_train.py::test_onecycle_rises_to_the_peak_and_falls_to_zero"),
     "momentum is lost on resume": (
         'optimizer.load_state_dict(state["optimizer"])', "pass",
-        "test_train.py::test_a_stopped_run_goes_on_to_the_same_end[1-flags0]"),
+        "test_train.py::test_a_stopped_run_goes_on_to_the_same_end[4-flags2]"),
     "the sums of the epoch are lost on resume": (
         'self.sums = state["sums"].to(self.device)', "pass",
-        "test_train.py::test_a_stopped_run_goes_on_to_the_same_end[1-flags0]"),
+        "test_train.py::test_a_stopped_run_goes_on_to_the_same_end[4-flags2]"),
     "a resumed run begins its epoch anew": (
         "order[run.step % run.steps_per_epoch :]", "order",
-        "test_train.py::test_a_stopped_run_goes_on_to_the_same_end[1-flags0]"),
+        "test_train.py::test_a_stopped_run_goes_on_to_the_same_end[4-flags2]"),
     "the best score is lost on resume": (
         'state["step"], state["rows"], state["best"]', 'state["step"], state["rows"], -1.0',
         "test_train.py::test_a_resumed_run_remembers_its_best"),
@@ -219,7 +221,8 @@ MUTANTS = {  # name: (snippet, replacement, *the tests that must fail)
         "        model.eval()\n        for parameter", "        for parameter",
         "test_attacks.py::test_nothing_is_left_behind"),
     "AutoAttack's outcomes are ignored": (
-        "robust[standing] = label == y[standing]", "pass", "test_autoattack.py::test_the_row_of_the_evaluation"),
+        "robust[standing] = label == y[standing]", "pass",
+        "test_autoattack.py::test_equal_to_calling_pyautoattack[components1-10]"),
     # losses
     "LSCE smooths over all classes": (
         "(log_p.sum(1) - log_p_y) / (logits.shape[1] - 1)", "log_p.mean(1)",
@@ -311,8 +314,8 @@ MUTANTS = {  # name: (snippet, replacement, *the tests that must fail)
 
 
 def run_tests(folder, tests, snippet=None, replacement=None):
-    """Run these tests in a copy of the repository, with a mutant if there is a snippet: pytest's exit code (0: all pass,
-    1: some fail), and its words."""
+    """Run these tests in a copy of the repository, with a mutant if there is a snippet: pytest's exit code, 0 if all
+    pass and 1 if some fail, and its words."""
     copy_repository(folder)
     if snippet:
         mutate(folder, snippet, replacement)
