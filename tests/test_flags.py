@@ -90,6 +90,15 @@ def run(files, tmp_path, monkeypatch, capsys):
     return call
 
 
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """Which is as quick for so little work, and far quicker where other work keeps the cores busy."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(scope="module")
 def seen():
     """{(a function, flags): what it returned}: most rows begin with the same first run."""
@@ -413,7 +422,7 @@ REPRODUCE = {
         all("--seed 7" in line for line in after.commands) and 2 * len(after.commands) == len(before.commands))),
     "--cell": ("--dry-run", "--cell 2", lambda before, after: after.commands == before.commands[1:2]),
     "--jobs": ("", "--jobs 7", lambda before, after: (
-        "on GPUs" in after.error if torch.cuda.device_count() else after.ran[1] == 7)),  # at most four without it,
+        "on GPUs" in after.error if torch.cuda.device_count() else after.ran[1] == 7)),  # at most four without it
     "--minutes": ("", "--minutes 2.5", lambda before, after: (before.ran[2], after.ran[2]) == (None, 2.5)),
     "--dry-run": ("", "--dry-run", lambda before, after: before.ran[0] > 0 and after.ran is None and after.commands),
     "--report": ("", "--report", lambda before, after: before.ran[0] > 0 and after.ran[0] == 0),
