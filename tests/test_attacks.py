@@ -151,6 +151,13 @@ def test_nothing_is_left_behind(small_net, images):
     assert all(torch.equal(v, buffers[k]) for k, v in small_net.named_buffers())
 
 
+def test_probabilities_are_a_constant(small_net, images):
+    """Else every step of the attack would keep, and walk, the graph of the clean pass too."""
+    p = attacks.probabilities(small_net, images[0])
+    torch.testing.assert_close(p, F.softmax(small_net(images[0]), 1))
+    assert not p.requires_grad
+
+
 def test_frozen_restores_after_an_error(small_net):
     small_net.train()
     with pytest.raises(KeyError), models.frozen(small_net):
@@ -177,8 +184,9 @@ def test_start_per_image_depends_on_seed_restart_and_index_only():
 
 def test_worst_iterate_keeps_what_the_attack_passes_by():
     """A model that is wrong only where the mean is near 0.5, and an attack that runs past it from 0.3 to 0.8."""
-    x, y = torch.full((2, 3, 4, 4), 0.3), torch.zeros(2, dtype=torch.long)
+    x, y = torch.full((3, 3, 4, 4), 0.3), torch.zeros(3, dtype=torch.long)
     x[1] = 0.7  # it moves away from 0.5: its start is its worst
+    x[2] = 0.0  # it ends at 0.5: what the last step makes is its worst
 
     def model(x):
         mean = x.mean((1, 2, 3))
@@ -189,5 +197,5 @@ def test_worst_iterate_keeps_what_the_attack_passes_by():
                            random_start="none")
 
     worst = attacks.worst_iterate(attack, model, lambda logits: logits[:, 0] - logits[:, 1])
-    torch.testing.assert_close(worst.mean((1, 2, 3)), torch.tensor([0.55, 0.7]))
-    torch.testing.assert_close(attack(model).mean((1, 2, 3)), torch.tensor([0.8, 1.0]))
+    torch.testing.assert_close(worst.mean((1, 2, 3)), torch.tensor([0.55, 0.7, 0.5]))
+    torch.testing.assert_close(attack(model).mean((1, 2, 3)), torch.tensor([0.8, 1.0, 0.5]))

@@ -270,6 +270,50 @@ def test_a_stopped_run_goes_on_to_the_same_end(tmp_path, monkeypatch, stop_after
         assert all(torch.equal(whole[key], cut[key]) for key in whole)
 
 
+def pretend_validation(natural, robust, monkeypatch):
+    """The accuracies on the held-out images, epoch by epoch."""
+    rows = [{"val_natural_accuracy": a, "val_robust_accuracy": b, "val_natural_loss": 2.0, "val_robust_loss": 2.0}
+            for a, b in zip(natural, robust, strict=True)]
+    monkeypatch.setattr(models, "build_model", tiny_model)
+    monkeypatch.setattr(train_cifar, "validate", lambda *_: rows.pop(0))
+
+
+@pytest.mark.parametrize("defense, natural, robust, best", [
+    ("madry", (0.9, 0.1), (0.2, 0.3), 2), ("standard", (0.9, 0.1), (0.2, 0.3), 1),
+    ("madry", (0.9, 0.1), (0.3, 0.3), 2),
+])
+def test_the_best_epoch(defense, natural, robust, best, tmp_path, monkeypatch):
+    """By robust accuracy, by natural accuracy in standard training; of equals the later one, at a lower rate."""
+    pretend_validation(natural, robust, monkeypatch)
+    train_cifar.main(["--defense", defense, *TINY, "--out-dir", str(tmp_path)])
+    assert checkpoints.load(tmp_path / "best.pt")["epoch"] == best
+
+
+def test_a_resumed_run_remembers_its_best(tmp_path, monkeypatch):
+    """Stopped after an epoch that was better than any to come."""
+    pretend_validation((0.5, 0.5), (0.9, 0.1), monkeypatch)
+    run_until(3, ["--defense", "madry", *TINY, "--out-dir", str(tmp_path)], monkeypatch)
+    train_cifar.main(["--resume", "--out-dir", str(tmp_path)])
+    assert checkpoints.load(tmp_path / "best.pt")["epoch"] == 1 and checkpoints.load(tmp_path / "last.pt")["epoch"] == 2
+
+
+def test_it_saves_every_so_many_minutes(tmp_path, monkeypatch):
+    """By a clock on which every step takes 25 seconds."""
+    monkeypatch.setattr(models, "build_model", tiny_model)
+    saved, clock, real = [], [0.0], data.augment
+
+    def slow(*args):
+        clock[0] += 25
+        return real(*args)
+
+    monkeypatch.setattr(data, "augment", slow)
+    monkeypatch.setattr(train_cifar.time, "perf_counter", lambda: clock[0])
+    monkeypatch.setattr(train_cifar, "save_run", lambda state, out_dir: saved.append(state["step"]))
+    train_cifar.main(["--defense", "madry", *TINY, "--epochs", "1", "--batch-size", "8", "--save-minutes", "1",
+                      "--out-dir", str(tmp_path)])
+    assert saved == [0, 3, 6]  # after 75 seconds, and at the end
+
+
 @pytest.mark.usefixtures("tiny_net")
 @pytest.mark.parametrize("left", [{"args.json", ".lock"}, {"last.pt"}, {"last.prev.pt"}, {"best.pt"}, {"log.csv"}])
 def test_a_run_is_not_overwritten_but_one_that_saved_nothing_starts_again(tmp_path, capsys, left):
