@@ -156,7 +156,8 @@ def test_all_batches_of_the_attacks_have_one_size(small_net):
 def test_what_counts_as_raised():
     """50 and 80 of the same 100 images; then 50 and 51, which is noise."""
     low, high, little = (torch.arange(100) < n for n in (50, 80, 51))
-    for masks, expected in (([low, high], False), ([high, low, high], False), ([high, low], True), ([low, little], True)):
+    for masks, expected in (([low, high], False), ([high, low, high], False), ([high, low], True),
+                            ([low, little], True)):
         assert audit.never_raised(dict(enumerate(masks))) == expected
 
 
