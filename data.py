@@ -93,14 +93,15 @@ def _cifar(name, data_dir, train):
 def _alone_in(folder):
     """Let one process at a time run the block, where the file system can lock a file."""
     lock = filelock.FileLock(folder / ".download.lock")
+    with contextlib.suppress(OSError, NotImplementedError):  # read-only, or without locks: nobody waits
+        lock.acquire()
     try:
-        with contextlib.suppress(OSError):  # read-only, or without locks: nobody waits
-            lock.acquire()
         yield
     finally:
-        with contextlib.suppress(OSError):
-            pathlib.Path(lock.lock_file).unlink()  # still held: who waits for it finds it gone, and makes a new one
-        lock.release()
+        if lock.is_locked:
+            with contextlib.suppress(OSError):
+                pathlib.Path(lock.lock_file).unlink()  # still held: who waits for it finds it gone, and makes a new one
+            lock.release()
 
 
 def _digits(train):

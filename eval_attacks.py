@@ -78,7 +78,7 @@ def evaluate(model, test, args, result, device):
             passes_done += attack.passes * images_each
             bar.update(passes_done - bar.n)  # what was skipped, as images fell before
             bar.set_postfix_str(f"{attack.name} {row['accuracy']:.1%}, {row['n'] / max(row['seconds'], .01):.0f} img/s")
-            if not attack.params and row["accuracy"] <= 1 / len(test.classes) + 0.05:
+            if not attack.params and row["accuracy"] <= 1 / len(test.classes) + 0.05 and not bar.disable:
                 bar.write(f"warning: {row['accuracy']:.1%} natural accuracy is near chance: probably wrong "
                           "preprocessing (--normalize), or the labels are in another order", file=sys.stderr)
             if args.save_examples:
@@ -98,7 +98,10 @@ def crafting_passes(args, model, test, todo):
     with runtime.tf32_convolutions(args.tf32):
         forward = runtime.forward_pass(args, model, x, passes * n / len(x) / world)
     if (args.tf32 or args.precision != "fp32") and any("precision" in attack.params for attack in todo):
-        return forward, runtime.fast_pass(model, runtime.plain_pass(model), x, args.compile)[0]
+        forward_fp32, level, words = runtime.fast_pass(model, runtime.plain_pass(model), x, args.compile)
+        if level != args.compile:
+            print(f"what is crafted in fp32: compile {level}: {'; '.join(words)}", file=sys.stderr)
+        return forward, forward_fp32
     return forward, forward
 
 
@@ -517,7 +520,8 @@ def main(argv=None):
         try:
             evaluate(model, test, args, result, device)
         except KeyboardInterrupt:  # what is finished stands in the JSON, marked as incomplete
-            print(table(result))
+            if rank == 0:
+                print(table(result))
             sys.exit(130)
         except runtime.FAULTS as error:
             sys.exit(f"{parser.prog}: {error}")

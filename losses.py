@@ -1,7 +1,8 @@
 """What attacks maximise and what training minimises, as functions of logits only.
 
 Shapes: logits (B, K); y (B,) int64; p_ref (B, K). The functions named *_loss return a scalar, the mean over the batch;
-the others return one value an example, (B,). Half-precision logits are computed in float32; float64 stays float64.
+the others, but for spat_counts, one value an example, (B,). Half-precision logits are computed in float32; float64
+stays float64.
 Equation numbers are those of "Semantics-Preserving Adversarial Training" (SPAT), where no other paper is named.
 """
 

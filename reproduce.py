@@ -312,7 +312,8 @@ def check_compiler(cells):
     result that is of another recipe."""
     if not all("--compile off" in shlex.join(cell.training()) for cell in cells):
         try:
-            torch.compile(torch.relu)(torch.zeros(9, requires_grad=True)).sum().backward()
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+            torch.compile(torch.relu)(torch.zeros(9, device=device, requires_grad=True)).sum().backward()
         except Exception as error:  # whatever the toolchain may raise
             raise ValueError(f"this recipe compiles, but torch.compile fails here ({type(error).__name__})") from None
 

@@ -360,7 +360,7 @@ def run_lock(out_dir):
 def deferred_signals(notice="", second=signal.SIG_DFL):
     """Yield a list to which a first SIGINT or SIGTERM only appends its number, so that what is at hand can be saved;
     the notice is printed then. Another one is handled by `second`, by default it ends the process at once."""
-    received = []
+    received, before = [], {}
 
     def note(number, frame):
         received.append(number)
@@ -369,7 +369,8 @@ def deferred_signals(notice="", second=signal.SIG_DFL):
         if notice:
             print(f"\n{notice}", file=sys.stderr)
 
-    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    for number in (signal.SIGINT, signal.SIGTERM):
+        before[number] = signal.signal(number, note)
     try:
         yield received
     finally:

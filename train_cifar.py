@@ -5,7 +5,7 @@
     python train_cifar.py --resume --out-dir runs/NAME                        # go on where it stopped
 
 --defense picks the loss that the training step minimises. The attack maximises that method's usual objective, or, with
---spat-alpha A, the label-smoothed cross entropy with α = A (SPAT, Eq. 10). Nothing else knows of SPAT.
+--spat-alpha A, the label-smoothed cross entropy with α = A (SPAT, Eq. 10). SPAT changes nothing else.
 """
 
 import argparse
@@ -78,7 +78,7 @@ def train(args, checkpoint, train_set, val_set, device, stop=()):
                 run.pause(stop)
                 run.set_rate(learning_rate(args, epoch + 1, run.step / run.total_steps))
                 x, y, start = training_batch(args, train_set, indices, run.step)
-                x_adv = inner_maximisation(model, runtime.stoppable(forward, stop), x, y, start, args)  # Eq. 10
+                x_adv = inner_maximisation(model, runtime.stoppable(forward, stop), x, y, start, args)  # Eq. 5, 10
                 shares = sampled_shares(run, forward, x, x_adv, y)  # of the model that was attacked
                 loss, logits_nat, logits_adv = forward_backward(model, forward, x, x_adv, y, args)  # section 3.3
                 runtime.average_gradients(model)
@@ -402,16 +402,18 @@ def load_run(out_dir):
     last, previous = pathlib.Path(out_dir, "last.pt"), pathlib.Path(out_dir, "last.prev.pt")
     if not last.exists() and not previous.exists():
         raise ValueError(f"--resume: {out_dir} holds no run (no last.pt)")
-    damage = None
+    path, damage = last, None
     try:
         checkpoint = checkpoints.load(last)
     except ValueError as error:
-        damage, checkpoint = str(error), checkpoints.load(previous)
+        if not previous.exists():
+            raise
+        path, damage, checkpoint = previous, str(error), checkpoints.load(previous)
     if not isinstance(checkpoint, dict) or checkpoint.get("format") != checkpoints.FORMAT:
-        raise ValueError(f"--resume: {last} is not a checkpoint of train_cifar.py")
+        raise ValueError(f"--resume: {path} is not a checkpoint of train_cifar.py")
     for key in ("args", "state_dict", "optimizer", "step", "rows", "best", "sums", "on"):
         if checkpoint.get(key) is None:
-            raise ValueError(f"--resume: {last} holds no {key}: a best.pt, or of an older version")
+            raise ValueError(f"--resume: {path} holds no {key}: a best.pt, or of an older version")
     return checkpoint | {"damage": damage}
 
 
@@ -577,8 +579,7 @@ def main(argv=None):
                 stack.enter_context(runtime.run_lock(args.out_dir))
                 print(f"{args.dataset}: {len(train_set.labels)} images to train on, {len(val_set.labels)} held out")
             runtime.barrier()  # the lock is held: until now another run may have saved there, or begun
-            args, checkpoint = new_or_resumed(typed)
-            runtime.barrier()  # all have looked before one writes
+            args, checkpoint = new_or_resumed(typed)  # train() waits for all before one writes
         except (ValueError, OSError) as error:
             parser.error(error)
         stop = stack.enter_context(runtime.deferred_signals(STOPPING if rank == 0 else ""))

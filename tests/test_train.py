@@ -612,3 +612,9 @@ def test_on_digits_mart_with_spat_stands_where_a_standard_model_falls(tmp_path):
         natural, robust[name] = (row["accuracy"] for row in result["attacks"])
         assert natural > robust[name]
     assert robust["standard"] < 0.4 and robust["mart"] >= robust["standard"] + 0.3
+
+
+def test_a_damaged_checkpoint_without_one_before_it_is_named(tmp_path, capsys):
+    (tmp_path / "last.pt").write_bytes(b"cut")
+    line = fails_in_one_line(train_cifar.main, ["--resume", "--out-dir", tmp_path], capsys)
+    assert "last.pt: not a model file" in line and "last.prev.pt" not in line
