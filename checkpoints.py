@@ -69,15 +69,12 @@ def load(path, device="cpu"):
     if head.startswith(b"version https://git-lfs"):
         raise ValueError(f"{path}: a Git-LFS pointer, not the model: fetch it with `git lfs pull`")
     if head[8:9] == b"{" and int.from_bytes(head[:8], "little") < path.stat().st_size:
-        raise ValueError(f"{path}: a safetensors file, which is not read: save its tensors, as from "
-                         "safetensors.torch.load_file, with torch.save")
+        raise ValueError(f"{path}: a safetensors file: save what safetensors.torch.load_file makes of it by torch.save")
     try:
         if head.startswith(b"PK\3\4"):  # as torch.load tells the two formats apart
             with zipfile.ZipFile(path) as archive:
                 if archive.testzip():
                     raise ValueError("checksum")  # torch.load does not look at the checksums
-                if any(name.endswith("/constants.pkl") for name in archive.namelist()):
-                    raise NotImplementedError("TorchScript")
                 for entry in archive.infolist():
                     if entry.filename.lower().endswith(".pkl"):  # torch takes data.PKL for data.pkl
                         refuse_deep_tuples(archive.open(entry))
@@ -86,10 +83,9 @@ def load(path, device="cpu"):
                 refuse_deep_tuples(file, number=5)
         with warnings.catch_warnings(action="ignore"):  # on another pickle protocol than torch's
             return torch.load(path, map_location=device, weights_only=True)
-    except NotImplementedError:
-        raise ValueError(f"{path}: a TorchScript program, which is not run: save the state dict of its model, "
-                         "torch.jit.load(FILE).state_dict(), with torch.save") from None
     except Exception as error:  # torch.load raises nearly anything on a damaged file
+        if "torchscript" in str(error).lower():
+            raise ValueError(f"{path}: a TorchScript program: save torch.jit.load(FILE).state_dict() alone") from None
         if "unsupported global" in str(error).lower():
             raise ValueError(f"{path}: holds Python objects besides tensors, which are not loaded; if you trust it, "
                              f"this saves its weights alone: {_command_to_strip(path)}") from None
@@ -114,8 +110,8 @@ def load_model(path, device="cpu", arch=None, num_classes=None, normalize=None, 
     """Load a model file: return (the model in float32 and eval mode, info). info holds path, sha256, arch, num_classes,
     normalize, weights, notes and, for a file of this project, args, epoch and classes. The file says what arch and
     num_classes are; where they are given, they must agree. normalize: ((mean of 3), (std of 3)), where a released file
-    was trained on normalised images and does not say so; the layer becomes part of the model. weights: which to take,
-    where the file holds several sets. notes: sentences on what the file left open.
+    was trained on normalised images and does not say so; the layer becomes part of the model. weights: which of several
+    sets to take. notes: sentences on what the file left open.
 
     The file may be this project's or of TRADES, MART, RST, AWP, FAT, robust_overfitting and others of that line of
     work: a bare state dict or one in a container, under any prefix such as DataParallel's, torch.compile's and
@@ -127,7 +123,12 @@ def load_model(path, device="cpu", arch=None, num_classes=None, normalize=None, 
         header = _header(content) if content.get("format") == FORMAT else {}
         state, normalize = _normalisation(state, content, prefix, normalize, notes)
         found_arch, found_classes = infer_arch(state)
-        found_arch = _twin(found_arch, header["args"]["arch"] if header else arch, notes)
+        stated, twin = header["args"]["arch"] if header else arch, models.TWINS.get(found_arch)
+        if twin and stated == twin:
+            found_arch = twin
+        elif twin and stated is None:
+            notes.append(f"taken for a {found_arch}; there are two: if its projections see a block's input and not the "
+                         f"activation, as fast_adversarial's, it needs --arch {twin}")
         if arch not in (None, found_arch):
             raise ValueError(f"it is a {found_arch}, not a {arch}")
         if num_classes not in (None, found_classes):
@@ -146,25 +147,23 @@ def load_model(path, device="cpu", arch=None, num_classes=None, normalize=None, 
 
 
 def pick_weights(content, name=None):
-    """Return the state dict that a file's content is or holds, at any depth, or the one called `name` of several. Raise
-    ValueError if there is none or no such one, and if there are several and no name is given."""
+    """Return the state dict that a file's content is or holds, at any depth; of several the one called `name`. Raise
+    ValueError if there is none, none of that name, or several and no name."""
     found, open_ends, seen = {}, [("", content)], set()
     for where, value in open_ends:  # which grows
         if _is_state_dict(value):
             found[where or "(no name)"] = value
-        elif isinstance(value, dict) and id(value) not in seen:  # a dict may hold itself
+        elif isinstance(value, dict) and id(value) not in seen and len(where) < 200:  # a dict may hold itself
             seen.add(id(value))
             open_ends += [(f"{where}.{key}".removeprefix("."), inner) for key, inner in value.items()]
-    names = ", ".join(map(repr, found))
     if not found:
         held = ", ".join(map(repr, content)) if isinstance(content, dict) else f"a {type(content).__name__}"
         raise ValueError(f"holds no state dict but {held or 'nothing':.200}")
-    if name is None and len(found) > 1:
-        raise ValueError(f"holds {len(found)} sets of weights, {names:.200}: pick one by --weights NAME")
-    if name is None:
+    if name is None and len(found) == 1:
         return found.popitem()[1]
     if name not in found:
-        raise ValueError(f"--weights {name}: the file holds {names:.200}")
+        names = ", ".join(map(repr, found))
+        raise ValueError(f"holds the weights {names:.200}: pick one by --weights NAME")
     return found[name]
 
 
@@ -185,23 +184,11 @@ def _without_prefix(state):
             if key.rpartition(".")[2] != "n_averaged" and not key.startswith("sub_block1.")}, prefix
 
 
-def _twin(found, stated, notes):
-    """Return the name of the architecture: `found`, or `stated` where the two have the same parameters. Append to
-    notes where nothing is stated and only the caller can know."""
-    twin = models.TWINS.get(found)
-    if twin and stated is None:
-        notes.append(f"taken for a {found}; if its projection shortcuts see a block's input and not the activation, as "
-                     f"in fast_adversarial, it needs --arch {twin}")
-    return twin if twin and stated == twin else found
-
-
 def _check_values(model):
     """Raise ValueError if the model cannot compute: a number that is not finite, a variance below 0."""
     for key, value in model.state_dict().items():
-        if not value.isfinite().all():
-            raise ValueError(f"its weights are not finite ({key})")
-        if key.endswith("running_var") and (value < 0).any():
-            raise ValueError(f"it has a negative running variance ({key})")
+        if not value.isfinite().all() or (key.endswith("running_var") and value.min() < 0):
+            raise ValueError(f"its weights are not finite, or a running variance is negative ({key})")
 
 
 def infer_arch(state):

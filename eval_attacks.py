@@ -36,10 +36,9 @@ PROTOCOLS = {  # flags that stand for a published evaluation; a typed one wins
     "rst-restarts": dict(attacks=["natural", "pgd"], epsilon="0.031", step_size="0.01", num_steps=40, restarts=5,
                          any_step=True),
 }
-USUAL_NORMALISATIONS = (  # of images in [0, 1]: CIFAR-10's two, CIFAR-100's, to [-1, 1], ImageNet's
-    ((0.4914, 0.4822, 0.4465), (0.2471, 0.2435, 0.2616)), ((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)),
-    ((0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)), ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
-    ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
+USUAL_NORMALISATIONS = (  # CIFAR-10's two, CIFAR-100's, to [-1, 1], ImageNet's
+    "0.4914,0.4822,0.4465 0.2471,0.2435,0.2616", "0.4914,0.4822,0.4465 0.2023,0.1994,0.2010",
+    "0.5071,0.4865,0.4409 0.2673,0.2564,0.2762", "0.5,0.5,0.5 0.5,0.5,0.5", "0.485,0.456,0.406 0.229,0.224,0.225")
 
 
 class Attack(NamedTuple):
@@ -244,8 +243,7 @@ def attacked_logits(model, images, labels, attack=None, batch_size=256, progress
         runtime.sum_over_processes(examples)
     logits = runtime.sum_over_processes(logits)
     if broken := (~logits.isfinite()).any(1).sum().item():
-        raise FloatingPointError(f"the logits of {broken} of {n} images are not finite: a fault, and no success of an "
-                                 "attack")
+        raise FloatingPointError(f"the logits of {broken} of {n} images are not finite: a fault, no attack's success")
     return logits
 
 
@@ -366,10 +364,9 @@ def add_model_flags(parser, images="all"):
 
 
 def add_file_flags(add):
-    """Add, by the function `add`, the flags that say what a released model's file cannot, here and in pseudo_label.py.
-    """
+    """Add, by the function `add`, the flags that say what a released model's file cannot."""
     add("--arch", help="refuse the file if it holds another architecture (default: take what it holds); "
-        "preact-resnet-18-x: a preact-resnet-18 whose projection shortcuts see a block's input, as fast_adversarial's")
+        "preact-resnet-18-x is fast_adversarial's, whose projections see a block's input")
     add("--weights", metavar="NAME", help="which of several sets of weights to take, such as swa_state_dict")
     add("--normalize", nargs=2, type=runtime.three_numbers, metavar=("MEAN", "STD"),
         help="how a released model's training images were normalised, such as 0.4914,0.4822,0.4465 "
@@ -387,11 +384,11 @@ def add_machine_flags(parser):
 
 
 def load(args, device):
-    """Return (model, info, the test images asked for, the data set's name) by the flags above; the model is on the
-    device. Raise ValueError, or what a forward pass raises."""
+    """Return (model, info, the test images asked for, the data set's name) by the flags above. Raise ValueError, or
+    what a forward pass on the device raises."""
     runtime.check_output("--json", args.json)
-    model, info = checkpoints.load_model(args.model_path, device, args.arch, args.num_classes, args.normalize,
-                                         args.weights)
+    model, info = checkpoints.load_model(args.model_path, arch=args.arch, num_classes=args.num_classes,
+                                         normalize=args.normalize, weights=args.weights)
     dataset = args.dataset or info.get("args", {}).get("dataset")
     if dataset is None:
         dataset = "cifar100" if info["num_classes"] == 100 else "cifar10"
@@ -405,30 +402,23 @@ def load(args, device):
 
 
 def say_notes(model, info, device, images, labels):
-    """Print, to stderr, what the model's file left open, and note of the normalisation what images (N, C, H, W) uint8
-    with labels (N,), or None, can tell."""
+    """Print, to stderr, what the model's file left open. Where that is the normalisation, try the usual ones on images
+    (N, C, H, W) uint8 with labels (N,), if not None, and note one that does better than none, and than those before it,
+    by three standard errors. A few hundred images do not tell CIFAR-10's two apart."""
     if checkpoints.ASSUMED in info["notes"] and labels is not None:
-        info["notes"] += better_normalisation(model, images.to(device), labels.to(device))
+        model, images, labels = model.to(device), images.to(device), labels.to(device)
+        best = plain = attacked_logits(model, images, labels).argmax(1) == labels
+        for flag in USUAL_NORMALISATIONS:
+            normalised = models.Normalised(model, *map(runtime.three_numbers, flag.split())).to(device)
+            right = attacked_logits(normalised, images, labels).argmax(1) == labels
+            gains = right.float() - best.float()
+            if gains.sum() > 3 * gains.norm():
+                best, hint = right, f"did you mean --normalize {flag}?"
+        if best is not plain:
+            info["notes"].append(f"{hint} {best.sum()} of {len(labels)} images are right with it, not {plain.sum()}")
     if runtime.rank_and_world()[0] == 0:
         for note in info["notes"]:
             print(f"{info['path']}: {note}", file=sys.stderr)
-
-
-def better_normalisation(model, images, labels):
-    """Return a sentence, in a list, on the usual normalisation that does clearly better than none and than those before
-    it, by three standard errors; [] if none does. So few images do not tell CIFAR-10's two standard deviations apart.
-    """
-    found, plain = [], attacked_logits(model, images, labels).argmax(1) == labels
-    best = plain
-    for mean, std in USUAL_NORMALISATIONS:
-        normalised = models.Normalised(model, mean, std).to(images.device)
-        right = attacked_logits(normalised, images, labels).argmax(1) == labels
-        gains = right.float() - best.float()
-        if gains.sum() > 3 * gains.norm():
-            flag, best = f"{','.join(map(str, mean))} {','.join(map(str, std))}", right
-            found = [f"did you mean --normalize {flag}? With it {right.sum()} of {len(labels)} images are right, "
-                     f"without {plain.sum()}"]
-    return found
 
 
 # The result: a JSON, and a table on the screen. -----------------------------------------------------------------------

@@ -47,7 +47,7 @@ def main(argv=None):
             raise ValueError(f"--output {output} must end in .npz")
         runtime.check_output("--output", output)
         device = runtime.pick_device(args.device)
-        model, info = checkpoints.load_model(args.model_path, device, args.arch, normalize=args.normalize,
+        model, info = checkpoints.load_model(args.model_path, arch=args.arch, normalize=args.normalize,
                                              weights=args.weights)
         pixels, true = training_images(args) if args.dataset else (read_images(pathlib.Path(args.images)), None)
         images = data.as_images(args.images or args.dataset, {"data": pixels})
@@ -55,7 +55,7 @@ def main(argv=None):
     except (ValueError, FloatingPointError, *runtime.FAULTS) as error:
         parser.error(error)
     try:
-        labels = torch.empty(len(images), dtype=torch.long)
+        model, labels = model.to(device), torch.empty(len(images), dtype=torch.long)
         with models.frozen(model), tqdm(total=len(images), unit="img", unit_scale=True, dynamic_ncols=True) as bar:
             for part in torch.arange(len(images)).split(args.batch_size * 16):  # so that few are float at a time
                 logits = eval_attacks.attacked_logits(model, images[part].to(device), labels[part].to(device),

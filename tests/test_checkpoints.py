@@ -307,26 +307,25 @@ def test_a_file_of_this_project_takes_no_second_normalisation(tmp_path):
 def test_of_several_sets_of_weights_none_is_taken_unsaid(tmp_path, names):
     nets = [models.build_model("wrn-10-1").state_dict() for _ in names]
     torch.save({"epoch": 9} | dict(zip(names, nets, strict=True)), tmp_path / "m.pt")
-    with pytest.raises(ValueError, match=f"2 sets of weights, '{names[0]}', '{names[1]}': pick one by --weights"):
+    with pytest.raises(ValueError, match=f"the weights '{names[0]}', '{names[1]}': pick one by --weights"):
         checkpoints.load_model(tmp_path / "m.pt")
     for name, net in zip(names, nets, strict=True):
         loaded, info = checkpoints.load_model(tmp_path / "m.pt", weights=name)
         assert all(torch.equal(value, net[key]) for key, value in loaded.state_dict().items())
         assert info["weights"] == name
-    with pytest.raises(ValueError, match=f"--weights swa: the file holds '{names[0]}', '{names[1]}'"):
+    with pytest.raises(ValueError, match=f"the weights '{names[0]}', '{names[1]}': pick one by --weights"):
         checkpoints.load_model(tmp_path / "m.pt", weights="swa")
 
 
-@pytest.mark.parametrize(("key", "value", "message"), [
-    ("block1.layer.0.bn1.weight", float("nan"), "not finite"), ("fc.bias", float("inf"), "not finite"),
-    ("bn1.running_var", -1.0, "negative running variance"),
-    ("conv1.weight", 1e300, "not finite"),  # it overflows in float32
+@pytest.mark.parametrize(("key", "value"), [
+    ("block1.layer.0.bn1.weight", float("nan")), ("fc.bias", float("inf")), ("bn1.running_var", -1.0),
+    ("conv1.weight", 1e300),  # it overflows in float32
 ])
-def test_weights_that_cannot_compute_are_refused(tmp_path, key, value, message):
+def test_weights_that_cannot_compute_are_refused(tmp_path, key, value):
     state = models.build_model("wrn-10-1").double().state_dict()
     state[key][0] = value
     torch.save(state, tmp_path / "m.pt")
-    with pytest.raises(ValueError, match=rf"{message} \({key}\)"):
+    with pytest.raises(ValueError, match=rf"not finite, or a running variance is negative \({key}\)"):
         checkpoints.load_model(tmp_path / "m.pt")
 
 

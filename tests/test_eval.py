@@ -430,7 +430,7 @@ def test_weights_that_are_not_finite_are_refused(model_path, tmp_path, capsys):
     state["block1.layer.0.bn1.weight"] *= float("nan")
     torch.save(state, tmp_path / "m.pt")
     error = fails_in_one_line(eval_attacks.main, ["--model-path", tmp_path / "m.pt", "--dataset", "digits"], capsys)
-    assert "its weights are not finite (block1.layer.0.bn1.weight)" in error
+    assert "not finite, or a running variance is negative (block1.layer.0.bn1.weight)" in error
 
 
 def test_logits_that_are_not_finite_are_a_fault(model_path, tmp_path, monkeypatch, capsys):
