@@ -108,10 +108,9 @@ def sha256(path):
 
 def load_model(path, device="cpu", arch=None, num_classes=None, normalize=None, weights=None):
     """Load a model file: return (the model in float32 and eval mode, info). info holds path, sha256, arch, num_classes,
-    normalize, weights, notes and, for a file of this project, args, epoch and classes. The file says what arch and
-    num_classes are; where they are given, they must agree. normalize: ((mean of 3), (std of 3)), where a released file
-    was trained on normalised images and does not say so; the layer becomes part of the model. weights: which of several
-    sets to take. notes: sentences on what the file left open.
+    normalize, weights, notes (sentences on what the file left open) and, for a file of this project, args, epoch and
+    classes. Where arch and num_classes are given, the file must agree. normalize: ((mean of 3), (std of 3)) of training
+    images, where a released file does not say so; it becomes a layer of the model. weights: which of several sets.
 
     The file may be this project's or of TRADES, MART, RST, AWP, FAT, robust_overfitting and others of that line of
     work: a bare state dict or one in a container, under any prefix such as DataParallel's, torch.compile's and
@@ -138,7 +137,9 @@ def load_model(path, device="cpu", arch=None, num_classes=None, normalize=None, 
         model.load_state_dict(state)
         if normalize:
             model = models.Normalised(model, *normalize)
-        _check_values(model)
+        for key, value in model.state_dict().items():
+            if not value.isfinite().all() or (key.endswith("running_var") and value.min() < 0):
+                raise ValueError(f"its weights are not finite, or a running variance is negative ({key})")
     except Exception as error:  # torch's, where a tensor is sparse, quantized, complex, without memory, ...
         raise ValueError(f"{path}: {' '.join(str(error).split())}") from None
     info = {"path": str(path), "sha256": sha256(path), "arch": found_arch, "num_classes": found_classes,
@@ -182,13 +183,6 @@ def _without_prefix(state):
     state = {key.removeprefix(prefix): value for key, value in state.items()}
     return {key: value for key, value in state.items()
             if key.rpartition(".")[2] != "n_averaged" and not key.startswith("sub_block1.")}, prefix
-
-
-def _check_values(model):
-    """Raise ValueError if the model cannot compute: a number that is not finite, a variance below 0."""
-    for key, value in model.state_dict().items():
-        if not value.isfinite().all() or (key.endswith("running_var") and value.min() < 0):
-            raise ValueError(f"its weights are not finite, or a running variance is negative ({key})")
 
 
 def infer_arch(state):

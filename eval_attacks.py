@@ -402,9 +402,9 @@ def load(args, device):
 
 
 def say_notes(model, info, device, images, labels):
-    """Print, to stderr, what the model's file left open. Where that is the normalisation, try the usual ones on images
-    (N, C, H, W) uint8 with labels (N,), if not None, and note one that does better than none, and than those before it,
-    by three standard errors. A few hundred images do not tell CIFAR-10's two apart."""
+    """Print, to stderr, what the model's file left open. Where that is the normalisation, note first which of the usual
+    ones does better than none, and than those before it, by three standard errors, on images (N, C, H, W) uint8 with
+    labels (N,). labels may be None. A few hundred images do not tell CIFAR-10's two apart."""
     if checkpoints.ASSUMED in info["notes"] and labels is not None:
         model, images, labels = model.to(device), images.to(device), labels.to(device)
         best = plain = attacked_logits(model, images, labels).argmax(1) == labels
@@ -475,9 +475,8 @@ def describe(info, dataset):
     """Return what the JSON says of the model."""
     args = info.get("args", {})
     return {"path": info["path"], "sha256": info["sha256"], "arch": info["arch"], "normalize": info["normalize"],
-            "weights": info["weights"], "notes": info["notes"], "dataset": dataset,
-            "defense": args.get("defense"), "spat_alpha": args.get("spat_alpha"),
-            "epochs": info.get("epoch"), "seed": args.get("seed"), "args": args}
+            "weights": info["weights"], "notes": info["notes"], "dataset": dataset, "defense": args.get("defense"),
+            "spat_alpha": args.get("spat_alpha"), "epochs": info.get("epoch"), "seed": args.get("seed"), "args": args}
 
 
 def table(result):
