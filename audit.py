@@ -51,10 +51,12 @@ def main(argv=None):
     parser, args = parse_args(argv)
     try:
         device = runtime.pick_device(args.device)
-        model, info, test, dataset = eval_attacks.load(args)
+        model, info, test, dataset = eval_attacks.load(args, device)
         attacks.check_autoattack(info["num_classes"])
         oracle, oracle_info = load_oracle(args.oracle, device, info, dataset) if args.oracle else (None, None)
-    except (ValueError, OSError) as error:
+        if oracle:
+            eval_attacks.say_notes(oracle, oracle_info, device, test.images[:200], test.labels[:200])
+    except (ValueError, FloatingPointError, *runtime.FAULTS) as error:
         parser.error(error)
     test = test if args.num_images else test.subset(slice(256))
     args.epsilon = args.epsilon or data.EPSILON.get(dataset, "8/255")
@@ -74,7 +76,7 @@ def main(argv=None):
         audit(Source(model, forward, test, args), oracle, result)
     except KeyboardInterrupt:  # what is finished stands in the JSON, marked as incomplete
         sys.exit(130)
-    except runtime.FAULTS as error:
+    except (FloatingPointError, *runtime.FAULTS) as error:
         sys.exit(f"{parser.prog}: {error}")
     return result
 

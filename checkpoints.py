@@ -4,10 +4,12 @@ Nothing from a file is executed: torch.load runs with weights_only=True, and pic
 """
 
 import hashlib
+import json
 import os
 import pathlib
 import pickletools
 import re
+import shlex
 import warnings
 import zipfile
 
@@ -17,7 +19,8 @@ import torch
 import models
 
 FORMAT = "spat-1"
-_PREFIX = re.compile(r"^(module\.|model\.|_orig_mod\.)+")
+ASSUMED = "no normalisation assumed: the file cannot tell how its training images were normalised (--normalize)"
+_STEM = re.compile(r"((?:(?!(?:sub_)?block\d|layer)\w+\.)*)conv1\.weight")  # the first layer, behind a wrapper's prefix
 
 
 def write_atomically(path, write):
@@ -63,6 +66,10 @@ def load(path, device="cpu"):
         raise ValueError(f"{path}: empty file")
     if head.lstrip().startswith(b"<"):
         raise ValueError(f"{path}: an HTML page, not a model: the download went wrong")
+    if head.startswith(b"version https://git-lfs"):
+        raise ValueError(f"{path}: a Git-LFS pointer, not the model: fetch it with `git lfs pull`")
+    if head[8:9] == b"{" and int.from_bytes(head[:8], "little") < path.stat().st_size:
+        raise ValueError(f"{path}: a safetensors file: save what safetensors.torch.load_file makes of it by torch.save")
     try:
         if head.startswith(b"PK\3\4"):  # as torch.load tells the two formats apart
             with zipfile.ZipFile(path) as archive:
@@ -77,10 +84,21 @@ def load(path, device="cpu"):
         with warnings.catch_warnings(action="ignore"):  # on another pickle protocol than torch's
             return torch.load(path, map_location=device, weights_only=True)
     except Exception as error:  # torch.load raises nearly anything on a damaged file
+        if "torchscript" in str(error).lower():
+            raise ValueError(f"{path}: a TorchScript program: save torch.jit.load(FILE).state_dict() alone") from None
         if "unsupported global" in str(error).lower():
-            raise ValueError(f"{path}: holds Python objects besides tensors, which are not loaded: save its state "
-                             "dict alone") from None
+            raise ValueError(f"{path}: holds Python objects besides tensors, which are not loaded; if you trust it, "
+                             f"this saves its weights alone: {_command_to_strip(path)}") from None
         raise ValueError(f"{path}: not a model file, or a damaged one ({type(error).__name__})") from None
+
+
+def _command_to_strip(path):
+    """Return the command line that saves what a file holds of state dicts and of modules as state dicts only."""
+    code = ('import torch; w = lambda v: v.state_dict() if hasattr(v, "state_dict") else v; m = w(torch.load('
+            f'{json.dumps(str(path))}, "cpu", weights_only=False)); torch.save({{k: w(v) for k, v in m.items() if '
+            'torch.is_tensor(v) or all(map(torch.is_tensor, getattr(w(v), "values", lambda: [0])()))}, '
+            f'{json.dumps(str(path.with_suffix(".weights.pt")))})')
+    return f"python -c {shlex.quote(code)}"
 
 
 def sha256(path):
@@ -88,46 +106,83 @@ def sha256(path):
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def load_model(path, device="cpu", arch=None, num_classes=None, normalize=None):
+def load_model(path, device="cpu", arch=None, num_classes=None, normalize=None, weights=None):
     """Load a model file: return (the model in float32 and eval mode, info). info holds path, sha256, arch, num_classes,
-    normalize and, for a file of this project, args, epoch and classes. The file says what arch and num_classes are;
-    where they are given, they must agree. normalize: ((mean of 3), (std of 3)), where a released file was trained on
-    normalised images and does not say so; the layer becomes part of the model.
+    normalize, weights, notes (sentences on what the file left open) and, for a file of this project, args, epoch and
+    classes. Where arch and num_classes are given, the file must agree. normalize: ((mean of 3), (std of 3)) of training
+    images, where a released file does not say so; it becomes a layer of the model. weights: which of several sets.
 
     The file may be this project's or of TRADES, MART, RST, AWP, FAT, robust_overfitting and others of that line of
-    work: a bare state dict or a container, with any mixture of DataParallel's, torch.compile's and Sequential's
-    prefixes. Raise ValueError with one line that says what is wrong with the file.
+    work: a bare state dict or one in a container, under any prefix such as DataParallel's, torch.compile's and
+    Sequential's. Raise ValueError with one line that says what is wrong with the file.
     """
-    content = load(path, device)
-    state = content
-    for container in ("state_dict", "model_state_dict"):
-        state = state.get(container, state) if isinstance(state, dict) else None
-    if not isinstance(state, dict) or not all(
-            isinstance(key, str) and isinstance(value, torch.Tensor) and not value.is_complex()
-            for key, value in state.items()):
-        raise ValueError(f"{path}: holds no state dict")
-    state = {_PREFIX.sub("", key): value for key, value in state.items()}
+    content, notes = load(path, device), []
     try:
-        state, normalize = _normalisation(state, content, normalize)
-        # TRADES' network holds a copy of its first block that it never uses
-        state = {key: value for key, value in state.items() if not key.startswith("sub_block1.")}
+        state, prefix = _without_prefix(pick_weights(content, weights))
+        header = _header(content) if content.get("format") == FORMAT else {}
+        state, normalize = _normalisation(state, content, prefix, normalize, notes)
         found_arch, found_classes = infer_arch(state)
+        stated, twin = header["args"]["arch"] if header else arch, models.TWINS.get(found_arch)
+        if twin and stated == twin:
+            found_arch = twin
+        elif twin and stated is None:
+            notes.append(f"taken for a {found_arch}; there are two: if its projections see a block's input and not the "
+                         f"activation, as fast_adversarial's, it needs --arch {twin}")
         if arch not in (None, found_arch):
             raise ValueError(f"it is a {found_arch}, not a {arch}")
         if num_classes not in (None, found_classes):
             raise ValueError(f"it has {found_classes} classes, not {num_classes}")
         _check_fit(state, found_arch, found_classes)
-        info = {"path": str(path), "sha256": sha256(path), "arch": found_arch, "num_classes": found_classes,
-                "normalize": normalize}
-        if content.get("format") == FORMAT:
-            info |= _header(content)
         model = models.build_model(found_arch, found_classes)
         model.load_state_dict(state)
+        if normalize:
+            model = models.Normalised(model, *normalize)
+        for key, value in model.state_dict().items():
+            if not value.isfinite().all() or (key.endswith("running_var") and value.min() < 0):
+                raise ValueError(f"its weights are not finite, or a running variance is negative ({key})")
     except Exception as error:  # torch's, where a tensor is sparse, quantized, complex, without memory, ...
         raise ValueError(f"{path}: {' '.join(str(error).split())}") from None
-    if normalize:
-        model = models.Normalised(model, *normalize)
+    info = {"path": str(path), "sha256": sha256(path), "arch": found_arch, "num_classes": found_classes,
+            "normalize": normalize, "weights": weights, "notes": notes} | header
     return model.to(device).eval(), info
+
+
+def pick_weights(content, name=None):
+    """Return the state dict that a file's content is or holds, at any depth; of several the one called `name`. Raise
+    ValueError if there is none, none of that name, or several and no name."""
+    found, open_ends, seen = {}, [("", content)], set()
+    for where, value in open_ends:  # which grows
+        if _is_state_dict(value):
+            found[where or "(no name)"] = value
+        elif isinstance(value, dict) and id(value) not in seen and len(where) < 200:  # a dict may hold itself
+            seen.add(id(value))
+            open_ends += [(f"{where}.{key}".removeprefix("."), inner) for key, inner in value.items()]
+    if not found:
+        held = ", ".join(map(repr, content)) if isinstance(content, dict) else f"a {type(content).__name__}"
+        raise ValueError(f"holds no state dict but {held or 'nothing':.200}")
+    if name is None and len(found) == 1:
+        return found.popitem()[1]
+    if name not in found:
+        names = ", ".join(map(repr, found))
+        raise ValueError(f"holds the weights {names:.200}: pick one by --weights NAME")
+    return found[name]
+
+
+def _is_state_dict(value):
+    """Return whether a value is a dict of tensors by name, weights among them."""
+    return isinstance(value, dict) and any(str(key).endswith("weight") for key in value) and all(
+        isinstance(key, str) and isinstance(tensor, torch.Tensor) and not tensor.is_complex()
+        for key, tensor in value.items())
+
+
+def _without_prefix(state):
+    """Return (a state dict without what wrappers put before the network's names, that prefix). Entries that are never
+    used go too: the count of torch.optim.swa_utils, and TRADES' copy of its first block."""
+    prefixes = {match[1] for key in state if (match := _STEM.fullmatch(key))}
+    prefix = prefixes.pop() if len(prefixes) == 1 else ""
+    state = {key.removeprefix(prefix): value for key, value in state.items()}
+    return {key: value for key, value in state.items()
+            if key.rpartition(".")[2] != "n_averaged" and not key.startswith("sub_block1.")}, prefix
 
 
 def infer_arch(state):
@@ -183,27 +238,29 @@ def _header(content):
     raise ValueError("its header is not one that train_cifar.py writes")
 
 
-def _normalisation(state, content, stated):
+def _normalisation(state, content, prefix, stated, notes):
     """Return (the network's own entries, (mean, std) or None). Some released files hold a layer before the network, as
-    the first of a Sequential or as entries beside the weights. stated: what the user says of it. Raise ValueError."""
-    place = next((key[0] for key in state if re.fullmatch(r"\d\.conv1\.weight", key)), None)
-    if place:
-        state = {key.removeprefix(f"{place}."): value for key, value in state.items()}
+    the first of a Sequential or as entries beside the weights. prefix: what stood before the network's names; stated:
+    what the user says of it. Append to notes where the file leaves it open. Raise ValueError."""
     names = {"mean": "mean", "mu": "mean", "std": "std", "stdev": "std", "sigma": "std"}
     layer = {names[leaf]: key for key in state if (leaf := key.rpartition(".")[2]) in names}
-    found = None
+    found, own = None, content.get("format") == FORMAT
     if len(layer) == 2:
         found = tuple(state[layer[name]].flatten().tolist() for name in ("mean", "std"))
         state = {key: value for key, value in state.items() if key not in layer.values()}
         if any(len(values) != 3 for values in found) or not all(value > 0 for value in found[1]):  # nor nan
             raise ValueError("its normalisation is not three means and three positive standard deviations")
-    elif stated is None and (place not in (None, "0") or content.get("normalize_input")):
+    elif stated is None and (re.search(r"\b[1-9]\d*\.", prefix) or content.get("normalize_input")):
         raise ValueError("it was trained behind a normalisation that is not in the file: state it with --normalize "
                          "MEAN STD (0,0,0 1,1,1 for none)")
+    elif stated is None and not own and content.get("normalize_input") is None:
+        notes.append(ASSUMED)
     if stated and min(stated[1]) <= 0:
         raise ValueError("--normalize: a standard deviation must be above 0")
     if found and stated:
         raise ValueError(f"--normalize: the file holds its own, {found[0]} and {found[1]}")
+    if own and stated:
+        raise ValueError("--normalize: it is a file of this project, trained on images as they are")
     return state, found or stated
 
 

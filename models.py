@@ -11,7 +11,8 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-ARCHS = "wrn-D-W with D = 6n + 4 (wrn-34-10, wrn-28-10, wrn-16-2, ...), resnet-18, resnet-50, preact-resnet-18"
+ARCHS = ("wrn-D-W with D = 6n + 4 (wrn-34-10, wrn-28-10, wrn-16-2, ...), resnet-18, resnet-50, preact-resnet-18, "
+         "preact-resnet-18-x")
 
 
 def conv(in_planes, planes, size, stride=1):
@@ -130,13 +131,21 @@ class PreActBlock(nn.Module):
         return x + self.conv2(F.relu(self.bn2(self.conv1(out))))
 
 
+class PreActBlockX(PreActBlock):
+    """The block of fast_adversarial's PreActResNet: the projection sees x itself. Its parameters are PreActBlock's."""
+
+    def forward(self, x):
+        out = self.conv2(F.relu(self.bn2(self.conv1(F.relu(self.bn1(x))))))
+        return out + (x if self.shortcut is None else self.shortcut(x))
+
+
 class ResNet(nn.Module):
     """ResNet whose first layer is a 3x3 convolution without pooling, as for CIFAR. With pre-activation blocks the
     first batch norm moves behind the last block (He et al. 2016)."""
 
     def __init__(self, block, num_blocks, num_classes=10):
         super().__init__()
-        self.preact = block is PreActBlock
+        self.preact = issubclass(block, PreActBlock)
         self.conv1 = conv(3, 64, 3)
         if not self.preact:
             self.bn1 = nn.BatchNorm2d(64)
@@ -162,7 +171,8 @@ class ResNet(nn.Module):
 
 
 RESNETS = {"resnet-18": (BasicBlock, (2, 2, 2, 2)), "resnet-50": (Bottleneck, (3, 4, 6, 3)),
-           "preact-resnet-18": (PreActBlock, (2, 2, 2, 2))}
+           "preact-resnet-18": (PreActBlock, (2, 2, 2, 2)), "preact-resnet-18-x": (PreActBlockX, (2, 2, 2, 2))}
+TWINS = {"preact-resnet-18": "preact-resnet-18-x"}  # names and shapes of parameters cannot tell the two apart
 
 
 def parse_arch(name):

@@ -31,8 +31,7 @@ def parse_args(argv=None):
     add("--skip", type=runtime.natural_int, default=0, metavar="N", help="... but for its first N")
     add("--data-dir", default="data", metavar="DIR", help="where CIFAR is, or is downloaded to")
     add("--output", required=True, metavar="OUT.npz", help="where to write; must not exist")
-    add("--normalize", nargs=2, type=runtime.three_numbers, metavar=("MEAN", "STD"),
-        help="of a released model that was trained on normalised images (default: none)")
+    eval_attacks.add_file_flags(add)
     add("--batch-size", type=runtime.positive_int, default=512, help="images at a time")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: the GPU, if there is one")
     return parser, parser.parse_args(argv)
@@ -48,10 +47,12 @@ def main(argv=None):
             raise ValueError(f"--output {output} must end in .npz")
         runtime.check_output("--output", output)
         device = runtime.pick_device(args.device)
-        model, info = checkpoints.load_model(args.model_path, normalize=args.normalize)
+        model, info = checkpoints.load_model(args.model_path, arch=args.arch, normalize=args.normalize,
+                                             weights=args.weights)
         pixels, true = training_images(args) if args.dataset else (read_images(pathlib.Path(args.images)), None)
         images = data.as_images(args.images or args.dataset, {"data": pixels})
-    except (ValueError, OSError) as error:
+        eval_attacks.say_notes(model, info, device, images[:200], None if true is None else true[:200])
+    except (ValueError, FloatingPointError, *runtime.FAULTS) as error:
         parser.error(error)
     try:
         model, labels = model.to(device), torch.empty(len(images), dtype=torch.long)
@@ -62,7 +63,7 @@ def main(argv=None):
                 labels[part] = logits.argmax(1).cpu()
         arrays = {"data": pixels, "extrapolated_targets": labels.numpy()}
         checkpoints.write_atomically(output, lambda file: np.savez(file, **arrays))
-    except runtime.FAULTS as error:
+    except (FloatingPointError, *runtime.FAULTS) as error:
         sys.exit(f"{parser.prog}: {error}")
     counts = torch.bincount(labels, minlength=info["num_classes"]).tolist()
     right = "" if true is None else f"; {(labels == true).float().mean():.2%} of the labels are right"

@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 from helpers import fails_in_one_line
+from test_eval import normalised_outside
 
 import audit
 import checkpoints
@@ -181,3 +182,18 @@ def test_bad_input(model_path, tmp_path, capsys):
         ["--json", tmp_path / "no" / "a.json"], ["--json", tmp_path],
     ):
         fails_in_one_line(audit.main, ["--model-path", model_path, *argv], capsys)
+
+
+def test_what_a_file_leaves_open_is_said(model_path, tmp_path, monkeypatch, capsys):
+    """Of the model and of the oracle."""
+    normalised_outside(model_path, tmp_path / "m.pt")
+    monkeypatch.setattr(audit, "CHECKS", {"order": audit.CHECKS["order"]})
+    monkeypatch.setattr(audit, "semantics", lambda *_: [])
+    result, _ = run(tmp_path / "m.pt", monkeypatch, None, "--dataset", "digits", "--oracle", str(model_path))
+    assert checkpoints.ASSUMED in result["model"]["notes"] and "did you mean" in result["model"]["notes"][1]
+    assert capsys.readouterr().err.count("did you mean --normalize 0.4914") == 1 and result["oracle"]["notes"] == []
+    result, _ = run(model_path, monkeypatch, None, "--num-images", "200", "--oracle", str(tmp_path / "m.pt"))
+    assert result["model"]["notes"] == [] and "did you mean" in result["oracle"]["notes"][1]
+    capsys.readouterr()
+    error = fails_in_one_line(audit.main, ["--model-path", model_path, "--normalize", "0,0,0", "1,1,1"], capsys)
+    assert "it is a file of this project" in error

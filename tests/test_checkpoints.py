@@ -8,6 +8,7 @@ import pathlib
 import pickle
 import subprocess
 import sys
+import warnings
 import zipfile
 
 import numpy as np
@@ -85,12 +86,19 @@ def bad_files(folder):
     torch.save(state, folder / "incomplete.pt")
     with zipfile.ZipFile(folder / "zip.pt", "w") as file:
         file.writestr("a.txt", "hello")
-    for name, content in (("empty.pt", b""), ("page.pt", b"<!DOCTYPE html><html>"), ("text.pt", b"hello world\n" * 50),
+    with warnings.catch_warnings(action="ignore"):  # torch deprecates it, but such files stay
+        torch.jit.script(torch.nn.Linear(2, 2)).save(folder / "script.pt")
+    header = b'{"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}'
+    tensors = len(header).to_bytes(8, "little") + header + bytes(4)
+    pointer = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n"
+    for name, content in (("pointer.pt", pointer), ("tensors.pt", tensors),
+                          ("empty.pt", b""), ("page.pt", b"<!DOCTYPE html><html>"), ("text.pt", b"hello world\n" * 50),
                           ("half.pt", whole[: len(whole) // 2]), ("cut.pt", whole[:-1])):
         (folder / name).write_bytes(content)
     return {"absent.pt": "no such file", "empty.pt": "empty", "page.pt": "HTML page", "text.pt": "not a model file",
-            "half.pt": "not a model file", "cut.pt": "not a model file", "list.pt": "no state dict",
-            "numbers.pt": "no state dict", "objects.pt": "besides tensors",
+            "half.pt": "not a model file", "cut.pt": "not a model file", "list.pt": "no state dict but a list",
+            "numbers.pt": "no state dict but 'a'", "objects.pt": "besides tensors", "pointer.pt": "git lfs pull",
+            "tensors.pt": "a safetensors file", "script.pt": "a TorchScript program",
             "unknown.pt": "no known architecture", "incomplete.pt": "bn1.weight", "zip.pt": "not a model file"}
 
 
@@ -197,22 +205,29 @@ def test_a_lock_is_held_by_the_living_only(tmp_path):
 MEAN, STD = [0.4914, 0.4822, 0.4465], [0.2471, 0.2435, 0.2616]
 LAYER = {"mean": torch.tensor(MEAN).view(1, 3, 1, 1), "std": torch.tensor(STD).view(1, 3, 1, 1)}
 UNUSED = {"sub_block1.layer.0.conv1.weight": torch.zeros(16, 16, 3, 3)}  # in TRADES' network, never called
-FORMS = {  # source -> (what the file holds, from a network's state dict; whether a normalisation is part of the model)
-    "TRADES, MART": (lambda net: net | UNUSED, False),
+MOMENTUM = {"state": {0: {"momentum_buffer": torch.zeros(2)}}, "param_groups": [{"lr": 0.1, "params": [0]}]}
+FORMS = {  # source -> (what the file holds, from a network's state dict; whether a normalisation is part of the model;
+    # None: the file cannot tell, as the training code of some has the normalisation outside the network)
+    "TRADES, MART": (lambda net: net | UNUSED, None),
     "RST": (lambda net: {"num_classes": 10, "normalize_input": False, "state_dict": prefixed(net | UNUSED, "module.")},
             False),
     "RST, normalised": (lambda net: {"num_classes": 10, "normalize_input": True, "state_dict":
                                      prefixed(LAYER, "module.0.") | prefixed(net | UNUSED, "module.1.")}, True),
-    "AWP": (lambda net: prefixed(net, "module."), False),
-    "robust_overfitting": (lambda net: {"state_dict": prefixed(net, "module."), "optimizer": {}}, False),
-    "FAT": (lambda net: {"epoch": 1, "state_dict": prefixed(net | UNUSED, "module."), "optimizer": {"lr": 0.1}}, False),
-    "imrahulr, no layer": (lambda net: {"model_state_dict": prefixed(net, "module.0.")}, False),
+    "AWP": (lambda net: prefixed(net, "module."), None),
+    "robust_overfitting": (lambda net: {"state_dict": prefixed(net, "module."), "optimizer": MOMENTUM}, None),
+    "FAT": (lambda net: {"epoch": 1, "state_dict": prefixed(net | UNUSED, "module."), "optimizer": {"lr": 0.1}}, None),
+    "imrahulr, no layer": (lambda net: {"model_state_dict": prefixed(net, "module.0.")}, None),
     "imrahulr, DM-Improves-AT": (lambda net: {"model_state_dict": prefixed(LAYER, "module.0.")
                                  | prefixed(net, "module.1.")}, True),
-    "RobustBench": (lambda net: prefixed(net, "model."), False),
+    "RobustBench": (lambda net: prefixed(net, "model."), None),
     "RobustBench, inside": (lambda net: {"state_dict": prefixed(
         net | {"mu": LAYER["mean"], "sigma": LAYER["std"]}, "module.model.")}, True),
-    "compiled": (lambda net: prefixed(net, "module._orig_mod."), False),
+    "compiled": (lambda net: prefixed(net, "module._orig_mod."), None),
+    "swa_utils": (lambda net: {"n_averaged": torch.tensor(3)} | prefixed(net, "module.module."), None),
+    "a layer before DataParallel": (lambda net: prefixed(LAYER, "0.") | prefixed(net, "1.module."), True),
+    "kuangliu": (lambda net: {"net": prefixed(net, "module."), "acc": 93.0, "epoch": 7}, None),
+    "model_state": (lambda net: {"epoch": 7, "model_state": net, "args": {"lr": 0.1}}, None),
+    "nested": (lambda net: {"checkpoint": {"model": prefixed(net, "encoder.net.")}, "optim": MOMENTUM}, None),
 }
 
 
@@ -247,7 +262,13 @@ def test_other_peoples_files(tmp_path, form, arch, num_classes):
     seen = (x - LAYER["mean"]) / LAYER["std"] if normalised else x
     with torch.no_grad():
         torch.testing.assert_close(loaded(x), net(seen))
-    assert (info["normalize"] is not None) == normalised and not loaded.training
+    assert (info["normalize"] is not None) == bool(normalised) and not loaded.training
+    assert (checkpoints.ASSUMED in info["notes"]) == (normalised is None)
+    if normalised is None:
+        stated, info = checkpoints.load_model(tmp_path / "m.pt", normalize=(MEAN, STD))
+        with torch.no_grad():
+            torch.testing.assert_close(stated(x), net((x - LAYER["mean"]) / LAYER["std"]))
+        assert checkpoints.ASSUMED not in info["notes"]
 
 
 def test_a_normalisation_that_the_user_states(tmp_path):
@@ -275,3 +296,72 @@ def test_what_a_foreign_file_cannot_say(tmp_path, content, normalize, message):
     torch.save(content(models.build_model("wrn-10-1").state_dict()), tmp_path / "m.pt")
     with pytest.raises(ValueError, match=message):
         checkpoints.load_model(tmp_path / "m.pt", normalize=normalize)
+
+
+def test_a_file_of_this_project_takes_no_second_normalisation(tmp_path):
+    own_checkpoint(tmp_path / "m.pt")
+    with pytest.raises(ValueError, match="--normalize: it is a file of this project"):
+        checkpoints.load_model(tmp_path / "m.pt", normalize=(MEAN, STD))
+
+
+@pytest.mark.parametrize("names", [("state_dict", "swa_state_dict"), ("model", "ema"), ("model", "model_ema"),
+                                   ("student", "teacher"), ("model_state_dict", "unaveraged_model_state_dict")])
+def test_of_several_sets_of_weights_none_is_taken_unsaid(tmp_path, names):
+    nets = [models.build_model("wrn-10-1").state_dict() for _ in names]
+    torch.save({"epoch": 9} | dict(zip(names, nets, strict=True)), tmp_path / "m.pt")
+    with pytest.raises(ValueError, match=f"the weights '{names[0]}', '{names[1]}': pick one by --weights"):
+        checkpoints.load_model(tmp_path / "m.pt")
+    for name, net in zip(names, nets, strict=True):
+        loaded, info = checkpoints.load_model(tmp_path / "m.pt", weights=name)
+        assert all(torch.equal(value, net[key]) for key, value in loaded.state_dict().items())
+        assert info["weights"] == name
+    with pytest.raises(ValueError, match=f"the weights '{names[0]}', '{names[1]}': pick one by --weights"):
+        checkpoints.load_model(tmp_path / "m.pt", weights="swa")
+
+
+@pytest.mark.parametrize(("key", "value"), [
+    ("block1.layer.0.bn1.weight", float("nan")), ("fc.bias", float("inf")), ("bn1.running_var", -1.0),
+    ("conv1.weight", 1e300),  # it overflows in float32
+])
+def test_weights_that_cannot_compute_are_refused(tmp_path, key, value):
+    state = models.build_model("wrn-10-1").double().state_dict()
+    state[key][0] = value
+    torch.save(state, tmp_path / "m.pt")
+    with pytest.raises(ValueError, match=rf"not finite, or a running variance is negative \({key}\)"):
+        checkpoints.load_model(tmp_path / "m.pt")
+
+
+def test_the_two_preactivation_blocks(tmp_path):
+    """The file cannot tell them apart, but for one of this project."""
+    torch.manual_seed(0)
+    plain, other = "preact-resnet-18", "preact-resnet-18-x"
+    torch.save(models.build_model(plain).state_dict(), tmp_path / "m.pt")
+    loaded, info = checkpoints.load_model(tmp_path / "m.pt")
+    assert info["arch"] == plain and any(f"--arch {other}" in note for note in info["notes"])
+    x = torch.rand(2, 3, 32, 32)
+    for arch, same in ((plain, True), (other, False)):
+        asked, info = checkpoints.load_model(tmp_path / "m.pt", arch=arch)
+        assert info["arch"] == arch and info["notes"] == [checkpoints.ASSUMED]
+        with torch.no_grad():
+            assert torch.allclose(asked(x), loaded(x)) == same
+    own_checkpoint(tmp_path / "own.pt", other)
+    _, info = checkpoints.load_model(tmp_path / "own.pt")
+    assert info["arch"] == other and info["notes"] == []
+    with pytest.raises(ValueError, match=f"it is a {other}, not a {plain}$"):
+        checkpoints.load_model(tmp_path / "own.pt", arch=plain)
+
+
+@pytest.mark.parametrize("content", [
+    lambda net: {"state_dict": net.state_dict(), "args": argparse.Namespace(lr=0.1), "acc": np.float64(0.5)},
+    lambda net: net, lambda net: {"net": net, "optimizer": torch.optim.SGD(net.parameters(), 0.1)},
+], ids=["arguments", "module", "in a container"])
+def test_the_command_that_a_refusal_prints_does_it(tmp_path, content):
+    path = tmp_path / 'it\'s "m".pt'
+    net = models.build_model("wrn-10-1")
+    torch.save(content(net), path)
+    with pytest.raises(ValueError, match="if you trust it, this saves its weights alone: ") as error:
+        checkpoints.load_model(path)
+    command = str(error.value).partition("alone: python ")[2]
+    subprocess.run(f"{sys.executable} {command}", shell=True, check=True, cwd=pathlib.Path(checkpoints.__file__).parent)
+    loaded, _ = checkpoints.load_model(path.with_suffix(".weights.pt"))
+    assert all(map(torch.equal, loaded.parameters(), net.parameters()))

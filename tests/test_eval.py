@@ -1,6 +1,7 @@
 """The evaluation: its numbers against a loop written out, its JSON, its table and its errors."""
 
 import json
+import pathlib
 from fractions import Fraction
 
 import numpy as np
@@ -356,3 +357,127 @@ def test_the_table_names_the_training():
     assert "wrn-34-10 on cifar10, mart + SPAT (α 0.3), 90 epochs, seed 1" in eval_attacks.table(result)
     result["model"]["args"]["epochs"] = 120
     assert ", epoch 90 of 120, seed 1" in eval_attacks.table(result)
+
+
+MEAN, STD = torch.tensor([0.4914, 0.4822, 0.4465]), torch.tensor([0.2471, 0.2435, 0.2616])
+USUAL = ["--normalize", "0.4914,0.4822,0.4465", "0.2471,0.2435,0.2616"]
+HINT = "did you mean --normalize 0.4914,0.4822,0.4465 0.2471,0.2435,0.2616?"
+
+
+def normalised_outside(source, path):
+    """Save a model of ours as one of somebody who normalises in his own code: its first layer wants (x - mean) / std.
+    """
+    state = {key: value.float() for key, value in checkpoints.load(source)["state_dict"].items()}
+    first, shift = state["conv1.weight"], (state["conv1.weight"] * MEAN[:, None, None]).sum((1, 2, 3))
+    state["conv1.weight"] = first * STD[:, None, None]
+    state["block1.layer.0.bn1.running_mean"] -= shift
+    torch.save({"state_dict": state}, path)
+
+
+def natural(path, *flags):
+    result = eval_attacks.main(["--model-path", str(path), *SMALL, "--attacks", "natural", *flags])
+    return result["attacks"][0]["correct"], result["model"]
+
+
+def test_a_normalisation_outside_the_file_is_named(cifar_dir, tmp_path, capsys):
+    source = pathlib.Path(eval_attacks.__file__).parent / "pretrained/cifar10-wrn-10-2-madry-s1.pt"
+    normalised_outside(source, tmp_path / "m.pt")
+    flags = ["--data-dir", str(cifar_dir), "--num-images", "300"]
+    correct, model = natural(tmp_path / "m.pt", *flags)
+    captured = capsys.readouterr()
+    assert correct < 75 and HINT in captured.err and HINT in captured.out and HINT in model["notes"][1]
+    assert checkpoints.ASSUMED in captured.out and checkpoints.ASSUMED in model["notes"]
+    correct, model = natural(tmp_path / "m.pt", *flags, *USUAL)
+    assert abs(correct - 162) < 3 and model["notes"] == []
+    captured = capsys.readouterr()
+    assert "assumed" not in captured.out + captured.err and "did you mean" not in captured.out + captured.err
+
+
+def test_the_same_on_digits_and_nothing_where_it_is_right(model_path, tmp_path, capsys):
+    normalised_outside(model_path, tmp_path / "outside.pt")
+    torch.save(checkpoints.load(model_path)["state_dict"], tmp_path / "inside.pt")
+    _, model = natural(tmp_path / "outside.pt", "--dataset", "digits")
+    assert [note for note in model["notes"] if "did you mean" in note]
+    capsys.readouterr()
+    assert natural(tmp_path / "inside.pt", "--dataset", "digits")[0] == natural(model_path)[0]
+    captured = capsys.readouterr()
+    assert checkpoints.ASSUMED in captured.out and "did you mean" not in captured.out + captured.err
+    assert captured.out.count("assumed") == 1  # a file of this project says it
+
+
+def test_a_second_normalisation_is_refused(model_path, capsys):
+    error = fails_in_one_line(eval_attacks.main, ["--model-path", model_path, *USUAL], capsys)
+    assert "it is a file of this project, trained on images as they are" in error
+
+
+def test_of_two_sets_of_weights_the_one_asked_for(model_path, tmp_path, capsys):
+    state = checkpoints.load(model_path)["state_dict"]
+    torch.manual_seed(0)
+    noisy = {key: value + 0.5 * value.float().std() * torch.randn_like(value) if value.ndim == 4 else value
+             for key, value in state.items()}
+    torch.save({"epoch": 9, "state_dict": noisy, "swa_state_dict": state}, tmp_path / "m.pth.tar")
+    argv = ["--model-path", str(tmp_path / "m.pth.tar"), "--dataset", "digits"]
+    error = fails_in_one_line(eval_attacks.main, argv, capsys)
+    assert "'state_dict', 'swa_state_dict': pick one by --weights NAME" in error
+    correct, model = natural(*argv[1:], "--weights", "swa_state_dict")
+    assert correct == natural(model_path)[0] and model["weights"] == "swa_state_dict"
+    assert "on digits, its swa_state_dict" in capsys.readouterr().out
+    assert natural(*argv[1:], "--weights", "state_dict")[0] != correct
+
+
+def test_weights_that_are_not_finite_are_refused(model_path, tmp_path, capsys):
+    state = checkpoints.load(model_path)["state_dict"]
+    state["block1.layer.0.bn1.weight"] *= float("nan")
+    torch.save(state, tmp_path / "m.pt")
+    error = fails_in_one_line(eval_attacks.main, ["--model-path", tmp_path / "m.pt", "--dataset", "digits"], capsys)
+    assert "not finite, or a running variance is negative (block1.layer.0.bn1.weight)" in error
+
+
+def test_logits_that_are_not_finite_are_a_fault(model_path, tmp_path, monkeypatch, capsys):
+    content = checkpoints.load(model_path)
+    content["state_dict"]["fc.weight"] *= 1e38
+    checkpoints.save(content, tmp_path / "m.pt")
+    with pytest.raises(SystemExit, match="^eval_attacks.py: the logits of [^ ]+ of 24 images are not finite: a fault"):
+        natural(tmp_path / "m.pt")
+    capsys.readouterr()
+    torch.save(content["state_dict"], tmp_path / "foreign.pt")
+    argv = ["--model-path", tmp_path / "foreign.pt", "--dataset", "digits"]
+    assert "of 200 images are not finite" in fails_in_one_line(eval_attacks.main, argv, capsys)
+    monkeypatch.setattr(attacks, "pgd", lambda model, x, *_, **__: x * float("nan"))
+    with pytest.raises(SystemExit, match="the logits of 24 of 24 images are not finite"):  # 100 % success, once
+        rows_of(model_path, "--attacks", "natural", "pgd", "--json", str(tmp_path / "r.json"))
+    assert [row["name"] for row in eval_attacks.read(tmp_path / "r.json")["attacks"]] == ["Natural"]
+
+
+def other_block(block, x):
+    """Compute fast_adversarial's pre-activation block: the projection sees x, not the activation."""
+    out = torch.relu(block.bn1(x))
+    shortcut = x if block.shortcut is None else block.shortcut(x)
+    return shortcut + block.conv2(torch.relu(block.bn2(block.conv1(out))))
+
+
+def test_the_other_preactivation_block(tmp_path, monkeypatch, capsys):
+    """With random features, and a last layer by least squares: training takes minutes."""
+    torch.manual_seed(0)
+    net, train, test = models.build_model("preact-resnet-18"), data.load("digits"), data.load("digits", train=False)
+    monkeypatch.setattr(models.PreActBlock, "forward", other_block)
+    features = []
+    net.linear.register_forward_pre_hook(lambda _, inputs: features.append(inputs[0]))
+    for module in net.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.momentum = 1.0
+    with torch.no_grad():
+        net(data.to_float(train.images[:200]))
+        net.eval()(data.to_float(train.images[:200]))
+        net.linear.weight[:] = torch.linalg.lstsq(features[1], F.one_hot(train.labels[:200]).float(), driver="gelsd"
+                                                  ).solution.T
+        net.linear.bias.zero_()
+        right = (net(data.to_float(test.images[:100])).argmax(1) == test.labels[:100]).sum().item()
+    monkeypatch.undo()
+    torch.save({"module." + key: value for key, value in net.state_dict().items()}, tmp_path / "m.pt")
+    flags = ["--dataset", "digits", "--num-images", "100", "--normalize", "0,0,0", "1,1,1"]
+    correct, model = natural(tmp_path / "m.pt", *flags, "--arch", "preact-resnet-18-x")
+    assert correct == right > 60 and model["notes"] == []
+    correct, _ = natural(tmp_path / "m.pt", *flags)
+    assert correct < right - 10
+    assert "it needs --arch preact-resnet-18-x" in capsys.readouterr().err

@@ -10,6 +10,7 @@ import pytest
 import torch
 from helpers import fails_in_one_line
 from PIL import Image
+from test_eval import normalised_outside
 from test_train import TINY, arguments, run_until, without_times
 
 import checkpoints
@@ -257,3 +258,27 @@ def test_what_pseudo_label_refuses(model_path, tmp_path, capsys):
         fails_in_one_line(pseudo_label.main, ["--model-path", model_path, "--images", tmp_path / images,
                                               "--output", tmp_path / output], capsys)
     assert (tmp_path / "there.npz").read_bytes() == b"precious" and not (tmp_path / "o.npz").exists()
+
+
+def test_pseudo_labels_of_a_model_whose_file_is_not_enough(model_path, tmp_path, capsys):
+    """The labels that a data set has tell of a normalisation; of images without labels nothing can."""
+    normalised_outside(model_path, tmp_path / "m.pt")
+    np.savez(tmp_path / "in.npz", data=made()["data"])
+    for source, hinted in ((["--images", tmp_path / "in.npz"], False), (["--dataset", "digits"], True)):
+        argv = ["--model-path", tmp_path / "m.pt", *source, "--output", tmp_path / f"{hinted}.npz"]
+        pseudo_label.main(list(map(str, argv)))
+        error = capsys.readouterr().err
+        assert checkpoints.ASSUMED in error and ("did you mean --normalize 0.4914" in error) == hinted
+    content = checkpoints.load(model_path)
+    argv = ["--model-path", tmp_path / "m.pt", "--dataset", "digits", "--output", tmp_path / "o.npz"]
+    torch.save({"model": content["state_dict"], "ema": content["state_dict"] | {"fc.bias": torch.ones(10)}},
+               tmp_path / "m.pt")
+    assert "pick one by --weights" in fails_in_one_line(pseudo_label.main, argv, capsys)
+    pseudo_label.main([*map(str, argv), "--weights", "ema"])
+    for value, status in ((float("nan"), 2), (1e38, "pseudo_label.py: the logits")):
+        content["state_dict"]["fc.weight"][:] = value  # all images would get one label
+        checkpoints.save(content, tmp_path / "m.pt")
+        (tmp_path / "o.npz").unlink(missing_ok=True)
+        with pytest.raises(SystemExit, match=f"^{status}"):
+            pseudo_label.main(list(map(str, argv)))
+        assert not (tmp_path / "o.npz").exists()
