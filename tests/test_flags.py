@@ -38,8 +38,11 @@ def files(tmp_path_factory, model_path):
     folder, g = tmp_path_factory.mktemp("files"), np.random.default_rng(0)
     (folder / "model.pt").write_bytes(model_path.read_bytes())
     content = checkpoints.load(model_path)
+    foreign = dict(content["state_dict"])
     content["state_dict"]["fc.weight"] = -content["state_dict"]["fc.weight"]
     checkpoints.save(content, folder / "other.pt")
+    checkpoints.save(foreign, folder / "foreign.pt")
+    checkpoints.save({"state_dict": foreign, "ema": content["state_dict"]}, folder / "two.pt")
     for place in ("train/cat", "train/dog", "test/cat", "test/dog"):
         (folder / "animals" / place).mkdir(parents=True)
         for i in range(24):
@@ -254,7 +257,10 @@ EVALUATION = {
     "--num-images": ("", "--num-images 8", lambda _, after: len(after.images["PGD"]) == after.result["n"] == 8),
     "--arch": ("", "--arch wrn-16-2", error("it is a wrn-10-1, not a wrn-16-2")),
     "--num-classes": ("", "--num-classes 9", error("it has 10 classes, not 9")),
-    "--normalize": ("", "--normalize 0.5,0.5,0.5 0.5,0.5,0.5", images_of("FGSM", "PGD", "CW")),
+    "--normalize": ("--model-path foreign.pt --dataset digits", "--normalize 0.5,0.5,0.5 0.5,0.5,0.5",
+                    images_of("FGSM", "PGD", "CW")),
+    "--weights": ("--model-path two.pt --dataset digits --weights state_dict", "--weights ema",
+                  images_of("FGSM", "PGD", "CW")),
     "--attacks": ("", "--attacks cw", lambda _, after: after.names == ["CW-inf"] and list(after.images) == ["CW"]),
     "--protocol": ("--epsilon 0.031", "--protocol rst --attacks natural fgsm pgd cw", images_of("PGD", "CW")),
     "--epsilon": ("--step-size 0.1", "--epsilon 0.02", images_of("FGSM", "PGD", "CW")),
@@ -319,7 +325,9 @@ AUDIT = {
     "--num-images": ("", "--num-images 8", lambda before, after: (before.sizes, after.sizes) == ({16}, {8})),
     "--arch": ("", "--arch wrn-16-2", error("it is a wrn-10-1, not a wrn-16-2")),
     "--num-classes": ("", "--num-classes 9", error("it has 10 classes, not 9")),
-    "--normalize": ("", "--normalize 0.5,0.5,0.5 0.5,0.5,0.5", numbers_differ),
+    "--normalize": ("--model-path foreign.pt --dataset digits", "--normalize 0.5,0.5,0.5 0.5,0.5,0.5",
+                    numbers_differ),
+    "--weights": ("--model-path two.pt --dataset digits --weights state_dict", "--weights ema", numbers_differ),
     "--epsilon": ("", "--epsilon 0.01", numbers_differ),
     "--square-queries": ("", "--square-queries 7", lambda before, after: (
         before.asked["square"]["num_queries"], after.asked["square"]["num_queries"]) == (1000, 7)),
@@ -386,7 +394,10 @@ LABELS = {
     "--data-dir": ("", "--dataset cifar10 --data-dir cut", error("cut/cifar-10-batches-py is incomplete")),
     "--output": ("--images aux.npz", "--output elsewhere.npz", lambda before, after: (
         np.load("elsewhere.npz")["extrapolated_targets"].tolist() == before.labels and not hasattr(after, "labels"))),
-    "--normalize": ("--dataset digits", "--normalize 0.5,0.5,0.5 0.5,0.5,0.5", differ("labels")),
+    "--normalize": ("--model-path foreign.pt --dataset digits", "--normalize 0.5,0.5,0.5 0.5,0.5,0.5",
+                    differ("labels")),
+    "--weights": ("--model-path two.pt --images aux.npz --weights state_dict", "--weights ema", differ("labels")),
+    "--arch": ("--images aux.npz", "--arch wrn-16-2", error("it is a wrn-10-1, not a wrn-16-2")),
     "--batch-size": ("--images aux.npz", "--batch-size 5", lambda before, after: (
         before.batches, after.batches) == ({16}, {5})),
     "--device": ("--images aux.npz", "--device cuda", lambda before, after: (
