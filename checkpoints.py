@@ -177,9 +177,10 @@ def _header(content):
     header = {key: content.get(key) for key in ("args", "epoch", "classes")}
     types = {"dataset": str, "defense": str, "arch": str, "epsilon": str, "seed": int, "spat_alpha": float | None}
     args, epoch, classes = header.values()
+    size = content.get("image_size")  # None: of a run before there was such an entry
     if isinstance(args, dict) and isinstance(epoch, int) and isinstance(classes, list) and all(
-            isinstance(args.get(key), kind) for key, kind in types.items()):
-        return header
+            isinstance(args.get(key), kind) for key, kind in types.items()) and isinstance(size, list | None):
+        return header | {"image_size": size}
     raise ValueError("its header is not one that train_cifar.py writes")
 
 

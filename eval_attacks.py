@@ -377,9 +377,7 @@ def load(args):
     dataset = args.dataset or info.get("args", {}).get("dataset")
     if dataset is None:
         dataset = "cifar100" if info["num_classes"] == 100 else "cifar10"
-    test = data.load(dataset, args.data_dir, train=False)
-    if len(test.classes) != info["num_classes"]:
-        raise ValueError(f"{args.model_path} has {info['num_classes']} classes, {dataset} has {len(test.classes)}")
+    test = data.fitted(data.load(dataset, args.data_dir, train=False), dataset, info)
     if args.num_images and args.num_images > len(test.labels):
         raise ValueError(f"--num-images {args.num_images}: {dataset} has {len(test.labels)} test images")
     return model, info, test.subset(slice(args.num_images)), dataset

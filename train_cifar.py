@@ -181,6 +181,7 @@ class Run:
 
     def __init__(self, args, model, train_set, checkpoint=None):
         self.args, self.model, self.classes = args, model, train_set.classes
+        self.image_size = list(train_set.images.shape[2:])
         self.optimizer = build_optimizer(model, args)
         self.device, (self.rank, self.world) = train_set.images.device, runtime.rank_and_world()
         self.steps_per_epoch = math.ceil(len(train_set.labels) / args.batch_size)
@@ -202,8 +203,8 @@ class Run:
         if not all(parameter.isfinite().all() for parameter in self.model.parameters()):
             raise FloatingPointError(f"weights are not finite after step {self.step}, lr {self.rate:g}")
         return {"format": checkpoints.FORMAT, "args": vars(self.args), "classes": self.classes,
-                "epoch": self.step // self.steps_per_epoch, "state_dict": self.model.state_dict(),
-                "optimizer": self.optimizer.state_dict(), "step": self.step, "rows": self.rows, "best": self.best,
+                "image_size": self.image_size, "epoch": self.step // self.steps_per_epoch,
+                "state_dict": self.model.state_dict(), "optimizer": self.optimizer.state_dict(), "step": self.step, "rows": self.rows, "best": self.best,
                 "sums": self.sums, "on": [self.device.type, self.world]}
 
     def prepare_directory(self, checkpoint):
@@ -569,6 +570,8 @@ def main(argv=None):
             if args.batch_size % world:
                 raise ValueError(f"--batch-size {args.batch_size} cannot be split evenly over {world} processes")
             dataset = data.load(args.dataset, args.data_dir, train=True)
+            if checkpoint is not None:
+                dataset = data.fitted(dataset, args.dataset, checkpoint)
             train_set, val_set = data.split(dataset, args.val_size, args.limit_train)
             if args.aux_data:
                 train_set = data.pseudo_labelled(args.aux_data, checkpoints.load_arrays(args.aux_data), train_set)
