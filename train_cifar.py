@@ -204,8 +204,9 @@ class Run:
             raise FloatingPointError(f"weights are not finite after step {self.step}, lr {self.rate:g}")
         return {"format": checkpoints.FORMAT, "args": vars(self.args), "classes": self.classes,
                 "image_size": self.image_size, "epoch": self.step // self.steps_per_epoch,
-                "state_dict": self.model.state_dict(), "optimizer": self.optimizer.state_dict(), "step": self.step, "rows": self.rows, "best": self.best,
-                "sums": self.sums, "on": [self.device.type, self.world]}
+                "state_dict": self.model.state_dict(), "optimizer": self.optimizer.state_dict(),
+                "step": self.step, "rows": self.rows, "best": self.best, "sums": self.sums,
+                "on": [self.device.type, self.world]}
 
     def prepare_directory(self, checkpoint):
         """Write args.json, and save a new run, so that from its first step on it can be resumed; return the bar.

@@ -9,7 +9,7 @@ import pytest
 import torch
 import torchvision
 import torchvision.transforms.functional as TF
-from helpers import fails_in_one_line
+from helpers import digits_folder, fails_in_one_line
 from PIL import Image
 
 import checkpoints
@@ -225,18 +225,7 @@ def test_foolboxs_sample_images_are_the_first_test_images(cifar_dir):
 # What would be a wrong number without a word ----------------------------------------------------------------------
 
 
-DIGITS = data.load("digits", train=False)
 NATURAL = ["--attacks", "natural", "--precision", "fp32", "--num-images", "60"]
-
-
-def digits_folder(path, rename=str, parts=("train", "test"), change=lambda image: image, n=60):
-    """The first digits of the test part as a folder of PNGs; rename: of a class, change: of a picture."""
-    for part in parts:
-        for i, (image, label) in enumerate(zip(DIGITS.images[:n], DIGITS.labels[:n].tolist(), strict=True)):
-            file = path / part / rename(label) / f"{i:04}.png"
-            file.parent.mkdir(parents=True, exist_ok=True)
-            change(Image.fromarray(image.permute(1, 2, 0).numpy())).save(file)
-    return path
 
 
 def natural(model_path, dataset):
