@@ -208,19 +208,21 @@ def _normalisation(state, content, stated):
     return state, found or stated
 
 
-def load_arrays(path, names=("data", "extrapolated_targets")):
+def load_arrays(path, names=("data", "extrapolated_targets"), optional=()):
     """Return {name: array} of an .npz file or of a pickle such as RST's, whose names are the default. Arrays may be
-    read-only. Raise ValueError with one line for a file that is neither or lacks one of the names."""
+    read-only. Raise ValueError with one line for a file that is neither or lacks one of the names, not an optional one.
+    """
+    wanted = [*names, *optional]
     path = pathlib.Path(path)
     if not path.is_file():
         raise ValueError(f"{path}: no such file")
     try:
         if zipfile.is_zipfile(path):
             with np.load(path) as file, warnings.catch_warnings(action="ignore"):  # on a header of Python 2
-                arrays, held = {name: file[name] for name in names if name in file.files}, file.files
+                arrays, held = {name: file[name] for name in wanted if name in file.files}, file.files
         else:
             with open(path, "rb") as file:
-                arrays, held = read_arrays(file, names)
+                arrays, held = read_arrays(file, wanted)
     except Exception as error:  # a damaged file may raise nearly anything
         why = " ".join(str(error).split()) or type(error).__name__
         raise ValueError(f"{path}: neither an .npz nor a pickle of arrays ({why:.200})") from None

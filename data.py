@@ -281,6 +281,22 @@ def pseudo_labelled(path, arrays, like):
     return like._replace(aux=Dataset(images, torch.from_numpy(labels.astype(np.int64)), like.classes))
 
 
+def check_leak(path, arrays, dataset, val_size):
+    """Raise ValueError if a file's images are among those that split() holds out of a data set, by the places in it
+    that pseudo_label.py writes down. Where the pixels differ, the file is of another data set."""
+    if "training_indices" not in arrays:
+        return
+    images, places = as_images(path, arrays), arrays["training_indices"]
+    if places.dtype.kind not in "iu" or places.shape != (len(images),):
+        raise ValueError(f"{path}: `training_indices` is {places.dtype} {places.shape}, not {len(images)} integers")
+    held_out = np.isin(places, permutation(len(dataset.labels), _SPLIT)[:val_size].numpy())
+    theirs = dataset.images[torch.from_numpy(places[held_out].astype(np.int64))]
+    same = (images[torch.from_numpy(held_out)] == theirs).flatten(1).all(1).sum().item()
+    if same:
+        raise ValueError(f"{path} holds {same} of the {val_size} held-out images, which would choose best.pt: train "
+                         "with --val-size 0, or leave them out of the file")
+
+
 def split(dataset, val_size, limit=None):
     """Return (training part, held-out part). val_size images, the same for every seed, are held out. The others stay
     in their order, and the first `limit` of them are kept. Raise ValueError if too few are left."""
