@@ -135,9 +135,9 @@ def fitted(dataset, name, model):
     if len(dataset.classes) != wanted:
         raise ValueError(f"the model has {wanted} classes, {name} has {len(dataset.classes)}")
     if sorted(classes) != sorted(dataset.classes):
-        here, there = ([each for each in some if each not in others][:5] for some, others in (
-            (dataset.classes, classes), (classes, dataset.classes)))
-        raise ValueError(f"{name} has other classes than the model: {', '.join(here)} and not {', '.join(there)}")
+        here = ", ".join(sorted(set(dataset.classes) - set(classes))[:5])
+        there = ", ".join(sorted(set(classes) - set(dataset.classes))[:5])
+        raise ValueError(f"{name} has other classes than the model: {here} and not {there}")
     numbers = torch.tensor([classes.index(each) for each in dataset.classes])
     return dataset._replace(labels=numbers[dataset.labels], classes=classes)
 
@@ -179,7 +179,7 @@ def read_image_files(files):
             except Exception as error:  # Pillow raises nearly anything on a damaged file
                 raise ValueError(f"{file} cannot be read as an image ({_one_line(error):.200})") from None
             if mode not in EIGHT_BIT:
-                raise ValueError(f"{file} has pixels of mode {mode}, more than 8 bits: convert it to 8 bits")
+                raise ValueError(f"{file} has pixels of mode {mode}: convert it to RGB or grey of 8 bits")
             if images[-1].shape != images[0].shape:
                 height, width, _ = images[0].shape
                 raise ValueError(f"{file} is not {width}x{height} pixels as the images before it")
