@@ -79,7 +79,10 @@ def start_perturbation(kind, like, epsilon, generator=None):
 
 def start_per_image(kind, like, epsilon, indices, seed=0, restart=0):
     """Return such a perturbation, one draw an image, each a function of (seed, restart, the image's index) alone: an
-    evaluation's result then depends on neither its batch size nor the number of processes. Drawn on the CPU."""
+    evaluation's result then depends on neither its batch size nor the number of processes. Drawn on the CPU.
+    Raise ValueError for a restart above 999, which would be one of the next seed's."""
+    if restart > 999:
+        raise ValueError(f"restart {restart}: a seed has 1000 restarts, from 0 on")
     if kind == "none":
         return torch.zeros_like(like)
     starts, one = [], torch.empty_like(like[:1], device="cpu")

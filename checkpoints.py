@@ -232,9 +232,10 @@ def _header(content):
     header = {key: content.get(key) for key in ("args", "epoch", "classes")}
     types = {"dataset": str, "defense": str, "arch": str, "epsilon": str, "seed": int, "spat_alpha": float | None}
     args, epoch, classes = header.values()
+    size = content.get("image_size")  # None: of a run before there was such an entry
     if isinstance(args, dict) and isinstance(epoch, int) and isinstance(classes, list) and all(
-            isinstance(args.get(key), kind) for key, kind in types.items()):
-        return header
+            isinstance(args.get(key), kind) for key, kind in types.items()) and isinstance(size, list | None):
+        return header | {"image_size": size}
     raise ValueError("its header is not one that train_cifar.py writes")
 
 
@@ -264,19 +265,21 @@ def _normalisation(state, content, prefix, stated, notes):
     return state, found or stated
 
 
-def load_arrays(path, names=("data", "extrapolated_targets")):
+def load_arrays(path, names=("data", "extrapolated_targets"), optional=()):
     """Return {name: array} of an .npz file or of a pickle such as RST's, whose names are the default. Arrays may be
-    read-only. Raise ValueError with one line for a file that is neither or lacks one of the names."""
+    read-only. Raise ValueError with one line for a file that is neither or lacks one of the names, not an optional one.
+    """
+    wanted = [*names, *optional]
     path = pathlib.Path(path)
     if not path.is_file():
         raise ValueError(f"{path}: no such file")
     try:
         if zipfile.is_zipfile(path):
             with np.load(path) as file, warnings.catch_warnings(action="ignore"):  # on a header of Python 2
-                arrays, held = {name: file[name] for name in names if name in file.files}, file.files
+                arrays, held = {name: file[name] for name in wanted if name in file.files}, file.files
         else:
             with open(path, "rb") as file:
-                arrays, held = read_arrays(file, names)
+                arrays, held = read_arrays(file, wanted)
     except Exception as error:  # a damaged file may raise nearly anything
         why = " ".join(str(error).split()) or type(error).__name__
         raise ValueError(f"{path}: neither an .npz nor a pickle of arrays ({why:.200})") from None

@@ -11,6 +11,7 @@ import statistics
 
 import scipy  # scipy.stats takes a second to import; scipy loads it where it is first used
 
+import data
 import eval_attacks
 import runtime
 
@@ -52,14 +53,29 @@ def main(argv=None):
 def paired_differences(first, second):
     """Return {attack's name: paired_difference} of the attacks that two results share, by name and parameters. Raise
     ValueError if they are not of the same images, or share no attack."""
-    for key, a, b in (("n", first, second), ("dataset", first["model"], second["model"])):
-        if a[key] != b[key]:
-            raise ValueError(f"not the same images: {key} is {a[key]} and {b[key]}")
+    check_images(first, second)
     before, after = ({row["name"]: row for row in result["attacks"]} for result in (first, second))
-    shared = [name for name in before if name in after and before[name]["params"] == after[name]["params"]]
+    settings_of = eval_attacks.settings
+    shared = [name for name in before if name in after and settings_of(before[name]) == settings_of(after[name])]
     if not shared:
         raise ValueError("the two files share no attack with the same parameters")
     return {name: paired_difference(*map(eval_attacks.correct_mask, (before[name], after[name]))) for name in shared}
+
+
+def check_images(first, second):
+    """Raise ValueError unless two results are of the same images: by their hash, wherever the files lay, or, where one
+    is older than that entry, by the name of the data set."""
+    if first["n"] != second["n"]:
+        raise ValueError(f"not the same images: n is {first['n']} and {second['n']}")
+    hashes = [result.get("images") for result in (first, second)]
+    names = [result["model"]["dataset"] for result in (first, second)]
+    if None not in hashes:
+        if hashes[0] != hashes[1]:
+            raise ValueError("not the same images: their hashes differ, of images, labels or classes")
+    elif names[0] != names[1]:
+        raise ValueError(f"not the same images: dataset is {names[0]} and {names[1]}")
+    elif not data.is_named(names[0]):
+        raise ValueError(f"no hash says that the images of {names[0]} were the same: evaluate both again")
 
 
 def change_of_overestimate(first, second):
@@ -78,7 +94,7 @@ def paired_difference(a, b):
     half = Z * math.sqrt((gained + lost + 1) / (n + 2) - middle**2) / math.sqrt(n + 2)
     p = scipy.stats.binomtest(gained, gained + lost).pvalue if gained + lost else 1.0  # it refuses 0 of 0
     return {"n": n, "gained": gained, "lost": lost, "difference": (gained - lost) / n,
-            "interval": (middle - half, middle + half), "p": float(p)}
+            "interval": (max(-1.0, middle - half), min(1.0, middle + half)), "p": float(p)}
 
 
 def difference_estimator(a, b, all_a, all_b):
@@ -93,7 +109,7 @@ def difference_estimator(a, b, all_a, all_b):
     deviation = math.sqrt(variances[0] * (1 / n - 1 / images) + variances[1] / images)
     difference = float(cheap.mean() + error.mean())
     return {"n": n, "images": images, "difference": difference,
-            "interval": (difference - Z * deviation, difference + Z * deviation),
+            "interval": (max(-1.0, difference - Z * deviation), min(1.0, difference + Z * deviation)),
             "p": 2 * float(scipy.stats.norm.sf(abs(difference) / deviation))}
 
 

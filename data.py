@@ -5,8 +5,11 @@ randomness of a training step is a function of (seed, step).
 """
 
 import contextlib
+import hashlib
+import os
 import pathlib
 import re
+import sys
 import warnings
 from typing import NamedTuple
 
@@ -14,12 +17,14 @@ import filelock
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
+from PIL import Image, ImageOps
 
 NAMED = ("cifar10", "cifar100", "digits")
 # The radius to train and to evaluate with, unless a flag says otherwise. On digits PGD-20 breaks a standard model.
 EPSILON = {"cifar10": "8/255", "cifar100": "8/255", "digits": "0.05"}
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
+IMAGE_FORMATS = ("PNG", "JPEG", "BMP", "WEBP")  # and not EPS, which Pillow would have Ghostscript run
+EIGHT_BIT = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr")  # Pillow clips the other modes to 255
 
 
 class Dataset(NamedTuple):
@@ -116,36 +121,135 @@ def _digits(train):
                    mirror=False)
 
 
+def is_named(name):
+    """Say whether a data set is one that load() knows by name, whose images are always the same."""
+    return re.fullmatch(r"digits|cifar100?(-first\d+)?", name) is not None
+
+
+def fitted(dataset, name, model):
+    """Return the data set with its labels in the order of a model's classes. Raise ValueError unless its images and
+    classes are those that the model was trained on. model: a checkpoint, or the info of checkpoints.load_model; another
+    project's file states the number of classes alone."""
+    check_size(dataset.images, name, model)
+    classes = [str(each) for each in model.get("classes") or dataset.classes]
+    wanted = model.get("num_classes", len(classes))
+    if len(dataset.classes) != wanted:
+        raise ValueError(f"the model has {wanted} classes, {name} has {len(dataset.classes)}")
+    if sorted(classes) != sorted(dataset.classes):
+        here = ", ".join(sorted(set(dataset.classes) - set(classes))[:5])
+        there = ", ".join(sorted(set(classes) - set(dataset.classes))[:5])
+        raise ValueError(f"{name} has other classes than the model: {here} and not {there}")
+    numbers = torch.tensor([classes.index(each) for each in dataset.classes])
+    return dataset._replace(labels=numbers[dataset.labels], classes=classes)
+
+
+def check_size(images, name, model):
+    """Raise ValueError if images (N, 3, H, W) are of another size than a model's; model: as for fitted."""
+    size, found = model.get("image_size"), list(images.shape[2:])
+    if size is None and is_named((model.get("args") or {}).get("dataset", "")):
+        size = [32, 32]  # of a checkpoint older than this entry
+    if size is not None and size != found:
+        raise ValueError(f"{name} has images of {found[0]}x{found[1]} pixels (height x width), the model was trained "
+                         f"on {'x'.join(map(str, size))}: resize them")
+
+
+def fingerprint(dataset):
+    """Return a hash of the images, in their order, with the names of their classes and of all classes. It is the same
+    for every order of the classes and wherever the files lie."""
+    named = [dataset.classes[label] for label in dataset.labels.tolist()]
+    digest = hashlib.sha256(repr((list(dataset.images.shape), sorted(dataset.classes), named)).encode())
+    digest.update(np.ascontiguousarray(dataset.images.permute(0, 2, 3, 1).cpu().numpy()))
+    return digest.hexdigest()
+
+
 def read_image_files(files):
-    """Return the RGB images, (N, H, W, 3) uint8. Raise ValueError unless all have the size of the first."""
-    images = []
-    for file in files:
-        try:
-            with Image.open(file) as image:
-                images.append(np.asarray(image.convert("RGB")))
-        except (OSError, SyntaxError, ValueError) as error:
-            raise ValueError(f"{file} cannot be read as an image ({_one_line(error)})") from None
-        if images[-1].shape != images[0].shape:
-            height, width, _ = images[0].shape
-            raise ValueError(f"{file} is not {width}x{height} pixels as the images before it")
+    """Return the RGB images, (N, H, W, 3) uint8, upright where EXIF says how they were taken. Raise ValueError for what
+    is no image of 8 bits a channel, and unless all have the size of the first."""
+    images, transparent = [], 0
+    with warnings.catch_warnings(action="ignore"):
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        for file in files:
+            try:
+                with Image.open(file, formats=IMAGE_FORMATS) as image:
+                    mode = image.mode
+                    if mode in EIGHT_BIT:
+                        ImageOps.exif_transpose(image, in_place=True)
+                        if image.has_transparency_data:
+                            transparent += image.convert("RGBA").getchannel("A").getextrema()[0] < 255
+                        images.append(np.asarray(image.convert("RGB")))
+            except Exception as error:  # Pillow raises nearly anything on a damaged file
+                raise ValueError(f"{file} cannot be read as an image ({_one_line(error):.200})") from None
+            if mode not in EIGHT_BIT:
+                raise ValueError(f"{file} has pixels of mode {mode}: convert it to RGB or grey of 8 bits")
+            if images[-1].shape != images[0].shape:
+                height, width, _ = images[0].shape
+                raise ValueError(f"{file} is not {width}x{height} pixels as the images before it")
+    if transparent:
+        _say(f"{transparent} of {len(images)} images have transparent pixels: they become the colour that the file "
+             f"holds for them, often black, as in {pathlib.Path(files[0]).parent}")
     return np.stack(images)
 
 
-def _image_folder(path, train):
-    """Load PATH/train/CLASS/* or PATH/test/CLASS/*, in a fixed shuffled order: so the first images hold every class."""
-    from torchvision.datasets.folder import find_classes, make_dataset
+def _say(note):
+    """Print a note on stderr, once for all processes of a job."""
+    if os.environ.get("RANK", "0") == "0":
+        print(f"note: {note}", file=sys.stderr)
 
+
+def _image_folder(path, train):
+    """Load PATH/train/CLASS/* or PATH/test/CLASS/*, in a fixed shuffled order: so the first images hold every class.
+    An evaluation looks into test/ alone; training asks that both have the same classes and the same size of images."""
+    part = path / ("train" if train else "test")
     try:
-        (classes, numbers), (others, _) = (find_classes(path / part) for part in ("train", "test"))
-        files, labels = zip(*make_dataset(path / ("train" if train else "test"), numbers, IMAGE_SUFFIXES), strict=True)
-    except OSError as error:
+        classes, files, labels, others = _class_names(part), [], [], []
+        if train and classes != _class_names(path / "test"):
+            raise ValueError("the classes of train and test differ")
+        if len(classes) < 2:
+            raise ValueError("one class is no classification task")
+        for name in sorted(classes):
+            found, left_out = _files_below(part / name)
+            if not found:
+                raise ValueError(f"Found no valid file for the classes {name} in {part}")
+            files, labels, others = files + found, labels + [classes.index(name)] * len(found), others + left_out
+        in_test = _files_below(path / "test" / classes[0])[0]
+    except (OSError, ValueError) as error:
         raise ValueError(f"{path}: {_one_line(error)}") from None
-    if classes != others:
-        raise ValueError(f"{path}: the classes of train ({len(classes)}) and test ({len(others)}) differ")
-    if len(classes) < 2:
-        raise ValueError(f"{path}: one class is no classification task")
+    if others:
+        _say(f"{len(others)} files below {part} are not read, as {others[0]}: only {', '.join(IMAGE_SUFFIXES)} are")
+    images = read_image_files(files)
+    read_image_files([files[0], *in_test[:1]])
     order = permutation(len(files), _SPLIT).numpy()
-    return _dataset(read_image_files(files)[order], np.asarray(labels)[order].tolist(), classes)
+    return _dataset(images[order], np.asarray(labels)[order].tolist(), classes)
+
+
+def _class_names(folder):
+    """Return the names of the folders in a folder, but for hidden ones, in their order: 0 to K-1 by number, others as
+    strings. Raise OSError or ValueError if there are none."""
+    names = sorted(child.name for child in folder.iterdir() if child.is_dir() and not child.name.startswith("."))
+    if not names:
+        raise ValueError(f"Couldn't find any class folder in {folder}")
+    numbers = [str(number) for number in range(len(names))]
+    return numbers if sorted(numbers) == names else names
+
+
+def _files_below(folder):
+    """Return (the image files, the other files) of a class, sorted. A hidden folder is left out, and so is one that a
+    link leads to a second time. Raise OSError where one cannot be listed."""
+    def fail(error):
+        raise error
+
+    real = pathlib.Path(folder).resolve()
+    seen, files, others = set(real.parents), [], []
+    for root, folders, names in os.walk(folder, followlinks=True, onerror=fail):
+        real = pathlib.Path(root).resolve()
+        folders[:] = sorted(name for name in folders if not name.startswith(".") and real not in seen)
+        if real in seen:
+            continue
+        seen.add(real)
+        for name in names:
+            is_image = name.lower().endswith(IMAGE_SUFFIXES) and not name.startswith(".")
+            (files if is_image else others).append((root, name))
+    return [[os.path.join(*place) for place in sorted(places)] for places in (files, others)]
 
 
 def _one_line(error):
@@ -176,6 +280,22 @@ def pseudo_labelled(path, arrays, like):
     if images.shape[1:] != like.images.shape[1:]:
         raise ValueError(f"{path}: images of {tuple(images.shape[1:])}, not {tuple(like.images.shape[1:])}")
     return like._replace(aux=Dataset(images, torch.from_numpy(labels.astype(np.int64)), like.classes))
+
+
+def check_leak(path, arrays, dataset, val_size):
+    """Raise ValueError if a file's images are among those that split() holds out of a data set, by the places in it
+    that pseudo_label.py writes down. Where the pixels differ, the file is of another data set."""
+    if "training_indices" not in arrays:
+        return
+    images, places = as_images(path, arrays), arrays["training_indices"]
+    if places.dtype.kind not in "iu" or places.shape != (len(images),):
+        raise ValueError(f"{path}: `training_indices` is {places.dtype} {places.shape}, not {len(images)} integers")
+    held_out = np.isin(places, permutation(len(dataset.labels), _SPLIT)[:val_size].numpy())
+    theirs = dataset.images[torch.from_numpy(places[held_out].astype(np.int64))]
+    same = (images[torch.from_numpy(held_out)] == theirs).flatten(1).all(1).sum().item()
+    if same:
+        raise ValueError(f"{path} holds {same} of the {val_size} held-out images, which would choose best.pt: train "
+                         "with --val-size 0, or leave them out of the file")
 
 
 def split(dataset, val_size, limit=None):

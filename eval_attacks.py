@@ -342,6 +342,7 @@ def parse_args(argv=None):
     for wrong, why in (
         (("pgd-ls" in args.attacks) != bool(args.alphas), "--attacks pgd-ls and --alphas go together"),
         ("pgd-kl" in args.attacks and args.random_start == "none", "--random-start none: pgd-kl would not move"),
+        (args.restarts > 1000, "--restarts: at most 1000, the next ones are those of another --seed"),
         (args.restarts > 1 and args.random_start == "none", "--restarts: without a random start all are the same"),
         (args.epsilon and args.epsilons, "--epsilon and --epsilons exclude one another"),
         (args.pool and args.epsilons, "--pool: an image broken at one radius may stand at another of --epsilons"),
@@ -395,9 +396,7 @@ def load(args, device):
     dataset = args.dataset or info.get("args", {}).get("dataset")
     if dataset is None:
         dataset = "cifar100" if info["num_classes"] == 100 else "cifar10"
-    test = data.load(dataset, args.data_dir, train=False)
-    if len(test.classes) != info["num_classes"]:
-        raise ValueError(f"{args.model_path} has {info['num_classes']} classes, {dataset} has {len(test.classes)}")
+    test = data.fitted(data.load(dataset, args.data_dir, train=False), dataset, info)
     if args.num_images and args.num_images > len(test.labels):
         raise ValueError(f"--num-images {args.num_images}: {dataset} has {len(test.labels)} test images")
     say_notes(model, info, device, test.images[:200], test.labels[:200])
@@ -442,6 +441,11 @@ def correct_mask(row):
     """Return the outcome per image, (n,) bool, of an attack's entry in the JSON."""
     bits = np.frombuffer(bytes.fromhex(row["correct_mask"]), np.uint8)
     return np.unpackbits(bits)[: row["n"]].astype(bool)
+
+
+def settings(row):
+    """Return the parameters of an attack's entry, with radius and step as numbers: 8/255 and 16/510 are equal."""
+    return {key: Fraction(value) if key in ("epsilon", "step_size") else value for key, value in row["params"].items()}
 
 
 def worst_case(rows):
@@ -530,10 +534,10 @@ def read(path):
     """Return a result of eval_attacks.py. Raises ValueError if the file is not one."""
     try:
         result = json.loads(pathlib.Path(path).read_text(encoding="utf-8"))
-        masks = [(row["name"], row["params"], correct_mask(row))[2] for row in result["attacks"]]
+        masks = [(row["name"], settings(row), correct_mask(row))[2] for row in result["attacks"]]
         if all(len(mask) == result["n"] for mask in masks) and result["model"]["dataset"]:
             return result
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, ArithmeticError) as error:
         raise ValueError(f"{path}: not a result of eval_attacks.py ({type(error).__name__})") from None
     raise ValueError(f"{path}: not a result of eval_attacks.py (its masks do not fit its n)")
 
@@ -551,8 +555,9 @@ def main(argv=None):
             parser.error(error)
         args.epsilon = ", ".join(args.epsilons or [args.epsilon or data.EPSILON.get(dataset, "8/255")])
         result = {
-            "model": describe(info, dataset), "n": len(test.labels), "epsilon": args.epsilon,
-            "device": device_name(device), "precision": args.precision, "batch_size": args.batch_size,
+            "model": describe(info, dataset), "n": len(test.labels), "images": data.fingerprint(test),
+            "epsilon": args.epsilon, "device": device_name(device), "precision": args.precision,
+            "batch_size": args.batch_size,
             "versions": {"python": platform.python_version(), "torch": torch.__version__},
             "command": command(parser.prog, argv), "complete": False, "attacks": []}
         try:

@@ -4,7 +4,8 @@
 
 IN: an .npz or a pickle with the array `data` (uint8, N x 32 x 32 x 3 or N x 3 x 32 x 32), or a folder of images of one
 size. OUT.npz: `data` as it was and `extrapolated_targets`, for train_cifar.py --aux-data. Without images of one's own:
---dataset cifar10 --skip 10000 labels the training images that --limit-train 10000 leaves out.
+--dataset cifar10 --skip 10000 labels the training images that --limit-train 10000 --val-size 0 leaves out, and writes
+their places in `training_indices`, so that train_cifar.py can tell which of them it holds out.
 """
 
 import pathlib
@@ -51,6 +52,7 @@ def main(argv=None):
                                              weights=args.weights)
         pixels, true = training_images(args) if args.dataset else (read_images(pathlib.Path(args.images)), None)
         images = data.as_images(args.images or args.dataset, {"data": pixels})
+        data.check_size(images, args.images or args.dataset, info)
         eval_attacks.say_notes(model, info, device, images[:200], None if true is None else true[:200])
     except (ValueError, FloatingPointError, *runtime.FAULTS) as error:
         parser.error(error)
@@ -62,6 +64,8 @@ def main(argv=None):
                                                       batch_size=args.batch_size, progress=bar.update)
                 labels[part] = logits.argmax(1).cpu()
         arrays = {"data": pixels, "extrapolated_targets": labels.numpy()}
+        if args.dataset:
+            arrays["training_indices"] = np.arange(args.skip, args.skip + len(images))
         checkpoints.write_atomically(output, lambda file: np.savez(file, **arrays))
     except (FloatingPointError, *runtime.FAULTS) as error:
         sys.exit(f"{parser.prog}: {error}")

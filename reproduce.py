@@ -427,10 +427,11 @@ def evaluated_otherwise(result, command):
     args.epsilon = args.epsilon or data.EPSILON.get(model["dataset"], "8/255")
     test_images = 400 if model["dataset"] == "digits" else 10_000
     wanted = {"n": args.num_images or test_images, "precision": args.precision, "compile": args.compile}
-    found = {row["name"]: row["params"] for row in result["attacks"]}
+    found = {row["name"]: eval_attacks.settings(row) for row in result["attacks"]}
     words = [f"evaluated with {key} {result.get(key)}, not {value}" for key, value in wanted.items()
              if result.get(key) != value]
-    words += [f"no or another {name}" for name, params in eval_attacks.attack_list(args) if found.get(name) != params]
+    words += [f"no or another {attack.name}" for attack in eval_attacks.attack_list(args)
+              if found.get(attack.name) != eval_attacks.settings({"params": attack.params})]
     if args.model_path.endswith("last.pt") and model["epochs"] != model["args"].get("epochs"):
         words.append(f"of epoch {model['epochs']} of {model['args'].get('epochs')}")
     return words
@@ -450,6 +451,18 @@ def todo(cell):
     if len(found["rows"]) < found["args"]["epochs"]:  # and not log.csv's: it is written before last.pt
         return [cell.training() + ["--resume"], *commands]
     return commands
+
+
+def on_other_images(cell, seen):
+    """Return which results of a cell are of other images than as many were before, as a list of texts. seen: {number of
+    images: their hash}, which is filled here; results older than the hash have none."""
+    words = []
+    for path in cell.evaluations():
+        result = eval_attacks.read(path)
+        images = result.get("images")
+        if images is not None and images != seen.setdefault(result["n"], images):
+            words.append(f"{path}: other images than the cells before")
+    return words
 
 
 def outcomes(cell):
@@ -479,11 +492,13 @@ def log_rows(cell):
 def report(args):
     """Print the tables of each target's finished cells of all seeds, and write results/TARGET-SCALE.json."""
     for target, scale in args.keys:
-        found, shares, unfinished, differing = {}, {}, [], {}
+        found, shares, unfinished, differing, images = {}, {}, [], {}, {}
         for cell in cells_of([(target, scale)], None, args.data_dir):
             missing, words = missing_and_differing(cell)
             if cell.row == "labeller":
                 continue
+            if not missing:
+                words = words + on_other_images(cell, images)
             if words:
                 differing[str(cell)] = "; ".join(words)
             elif missing:

@@ -43,7 +43,7 @@ DEFAULTS = {
                 val_size=1000, limit_train=None, aux_data=None, aux_fraction=0.5, epochs=90, batch_size=128, lr=0.1,
                 lr_schedule="step", lr_milestones=None, momentum=0.9, nesterov=False, weight_decay=7e-4,
                 epsilon="8/255", step_size=None, num_steps=10, random_start="gaussian", precision="auto",
-                compile="auto", device="auto", seed=1, save_minutes=10.0),
+                compile="auto", device="auto", seed=1, save_minutes=10.0, mirror=None),
     "trades": dict(beta=6.0),
     "mart": dict(beta=5.0),
     "cifar100 madry": dict(weight_decay=2e-4),
@@ -56,6 +56,7 @@ DEFAULTS = {
 SMALLER = "needs a GPU; to try it here: --dataset digits, or --arch wrn-16-2 --epochs 4 --limit-train 10000"
 STOPPING = "stopping: the step at hand is given up, the run is saved; Ctrl-C again ends it at once"
 FREE_ON_RESUME = ("out_dir", "data_dir", "device", "save_minutes")  # these do not alter the result
+YOUNGER = {"mirror": None}  # flags that older runs lack, with what these did
 SHARES_EVERY = 8  # steps: the two logged shares of examples cost forward passes of their own
 READ_EVERY = {"cpu": 1, "cuda": 10}  # steps: reading a number waits for the GPU, a signal to several processes for it
 
@@ -181,6 +182,7 @@ class Run:
 
     def __init__(self, args, model, train_set, checkpoint=None):
         self.args, self.model, self.classes = args, model, train_set.classes
+        self.image_size = list(train_set.images.shape[2:])
         self.optimizer = build_optimizer(model, args)
         self.device, (self.rank, self.world) = train_set.images.device, runtime.rank_and_world()
         self.steps_per_epoch = math.ceil(len(train_set.labels) / args.batch_size)
@@ -202,9 +204,10 @@ class Run:
         if not all(parameter.isfinite().all() for parameter in self.model.parameters()):
             raise FloatingPointError(f"weights are not finite after step {self.step}, lr {self.rate:g}")
         return {"format": checkpoints.FORMAT, "args": vars(self.args), "classes": self.classes,
-                "epoch": self.step // self.steps_per_epoch, "state_dict": self.model.state_dict(),
-                "optimizer": self.optimizer.state_dict(), "step": self.step, "rows": self.rows, "best": self.best,
-                "sums": self.sums, "on": [self.device.type, self.world]}
+                "image_size": self.image_size, "epoch": self.step // self.steps_per_epoch,
+                "state_dict": self.model.state_dict(), "optimizer": self.optimizer.state_dict(),
+                "step": self.step, "rows": self.rows, "best": self.best, "sums": self.sums,
+                "on": [self.device.type, self.world]}
 
     def prepare_directory(self, checkpoint):
         """Write args.json, and save a new run, so that from its first step on it can be resumed; return the bar.
@@ -445,6 +448,9 @@ def parse_args(argv=None):
     add("--limit-train", "train on the first N images only", type=runtime.positive_int, metavar="N")
     add("--aux-data", "pseudo-labelled images to train on as well: RST's pickle, or pseudo_label.py's", metavar="FILE")
     add("--aux-fraction", "their share of each batch", type=runtime.fraction_below_one, metavar="F")
+    add("--mirror", "train on mirrored images too, --no-mirror for digits or text; without either all data "
+        "sets but --dataset digits are mirrored",
+        action=argparse.BooleanOptionalAction)
     add = group("optimiser")
     add("--epochs", "how often each image is seen", type=runtime.positive_int, metavar="N")
     add("--batch-size", "images a step, of all processes together", type=runtime.positive_int, metavar="N")
@@ -532,7 +538,7 @@ def new_or_resumed(typed):
         return args, None
     out_dir = typed.get("out_dir") or with_defaults(typed).out_dir
     checkpoint = load_run(out_dir)
-    of_run = checkpoint["args"]
+    of_run = YOUNGER | checkpoint["args"]
     if missing := vars(with_defaults({"defense": "madry"})).keys() - of_run.keys():
         raise ValueError(f"--resume: {out_dir} is of an older version: it has no {min(missing)}")
     settled = ("resume", True), ("precision", "auto"), ("compile", "auto")
@@ -571,9 +577,15 @@ def main(argv=None):
             if args.batch_size % world:
                 raise ValueError(f"--batch-size {args.batch_size} cannot be split evenly over {world} processes")
             dataset = data.load(args.dataset, args.data_dir, train=True)
+            if checkpoint is not None:
+                dataset = data.fitted(dataset, args.dataset, checkpoint)
+            if args.mirror is not None:
+                dataset = dataset._replace(mirror=args.mirror)
             train_set, val_set = data.split(dataset, args.val_size, args.limit_train)
             if args.aux_data:
-                train_set = data.pseudo_labelled(args.aux_data, checkpoints.load_arrays(args.aux_data), train_set)
+                arrays = checkpoints.load_arrays(args.aux_data, optional=["training_indices"])
+                train_set = data.pseudo_labelled(args.aux_data, arrays, train_set)
+                data.check_leak(args.aux_data, arrays, dataset, args.val_size)
             runtime.barrier()  # nobody has found anything wrong
             if rank == 0:
                 stack.enter_context(runtime.run_lock(args.out_dir))

@@ -3,6 +3,9 @@
 import pytest
 import torch
 import torch.nn as nn
+from PIL import Image
+
+import data
 
 
 class SmallNet(nn.Module):
@@ -33,6 +36,17 @@ def fails_in_one_line(main, argv, capsys):
     assert error.count("\n") == 1 and "error: " in error, error
     assert "Traceback" not in error
     return error
+
+
+def digits_folder(path, rename=str, parts=("train", "test"), change=lambda image: image, n=60):
+    """The first digits of the test part as a folder of PNGs; rename: of a class, change: of a picture."""
+    digits = data.load("digits", train=False)
+    for part in parts:
+        for i, (image, label) in enumerate(zip(digits.images[:n], digits.labels[:n].tolist(), strict=True)):
+            file = path / part / rename(label) / f"{i:04}.png"
+            file.parent.mkdir(parents=True, exist_ok=True)
+            change(Image.fromarray(image.permute(1, 2, 0).numpy())).save(file)
+    return path
 
 
 def like_cuda_graphs(function, **settings):

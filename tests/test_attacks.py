@@ -182,6 +182,17 @@ def test_start_per_image_depends_on_seed_restart_and_index_only():
         assert not torch.equal(single, attacks.start_per_image("uniform", like[:1], 0.1, torch.tensor([7]), **other))
 
 
+def test_no_two_pairs_of_seed_and_restart_share_a_start():
+    """Restart 1000 of seed 0 was restart 0 of seed 1. What results were made with is still drawn alike."""
+    like, index = torch.zeros(1, 3, 4, 4), torch.tensor([3])
+    for seed, restart in ((0, 0), (0, 999), (2, 0), (7, 12)):
+        generator = torch.Generator().manual_seed((seed * 1000 + restart) * 10_000_000 + 3)
+        expected = attacks.start_perturbation("uniform", like, 0.1, generator)
+        assert torch.equal(attacks.start_per_image("uniform", like, 0.1, index, seed, restart), expected)
+    with pytest.raises(ValueError, match="1000 restarts"):
+        attacks.start_per_image("uniform", like, 0.1, index, 0, 1000)
+
+
 def test_worst_iterate_keeps_what_the_attack_passes_by():
     """A model that is wrong only where the mean is near 0.5, and an attack that runs past it from 0.3 to 0.8."""
     x, y = torch.full((3, 3, 4, 4), 0.3), torch.zeros(3, dtype=torch.long)

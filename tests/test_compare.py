@@ -3,14 +3,16 @@
 import copy
 import json
 import pathlib
+import shutil
 
 import numpy as np
 import pytest
 import torch
-from helpers import fails_in_one_line
+from helpers import digits_folder, fails_in_one_line
 from scipy.stats import binomtest
 
 import compare
+import data
 import eval_attacks
 
 RESULTS = pathlib.Path(__file__).parent.parent / "results"
@@ -140,3 +142,76 @@ def test_files_that_are_no_results(tmp_path, results, capsys):
     (tmp_path / "cut.json").write_text(results[0].read_text()[:100])
     for bad in (tmp_path / "absent.json", tmp_path / "list.json", tmp_path / "cut.json", tmp_path):
         fails_in_one_line(compare.main, [results[0], bad], capsys)
+
+
+def with_hash(path, images, dataset="cifar10"):
+    result = json.loads(path.read_text())
+    result["model"]["dataset"] = dataset
+    path.write_text(json.dumps(result | ({"images": images} if images else {})))
+
+
+@pytest.mark.parametrize("hashes, names, refused", [
+    (("a", "b"), ("folder", "folder"), "hash"), (("a", "a"), ("folder", "moved/folder"), None),
+    ((None, None), ("cifar10", "cifar10"), None), ((None, "a"), ("cifar10-first4", "cifar10-first4"), None),
+    ((None, "a"), ("folder", "folder"), "evaluate"), ((None, None), ("folder", "folder"), "evaluate"),
+    ((None, "a"), ("cifar10", "cifar100"), "dataset is cifar10 and cifar100"),
+])
+def test_the_images_are_told_by_their_hash(results, hashes, names, refused, capsys):
+    """A JSON without one is older than the hash: its images are known if it is of a named data set."""
+    for path, images, dataset in zip(results, hashes, names, strict=True):
+        with_hash(path, images, dataset)
+    if refused:
+        assert refused in fails_in_one_line(compare.main, results, capsys)
+    else:
+        assert list(compare.main([str(path) for path in results])) == ["PGD-20"]
+
+
+def test_an_evaluation_states_the_hash_of_its_images_labels_and_classes(tmp_path, model_path, capsys):
+    """compare-grown: one file more in test/, and a model gained 6 points on itself."""
+    folder = digits_folder(tmp_path / "folder", parts=["test"])
+    shutil.copytree(folder, tmp_path / "moved")
+
+    def evaluated(dataset, name):
+        eval_attacks.main(["--model-path", str(model_path), "--dataset", str(dataset), "--num-images", "50",
+                           "--attacks", "natural", "--precision", "fp32", "--json", str(tmp_path / name)])
+        return str(tmp_path / name)
+
+    before, moved = evaluated(folder, "before.json"), evaluated(tmp_path / "moved", "moved.json")
+    assert compare.main([before, moved])["Natural"]["p"] == 1
+    shutil.copy(next((folder / "test/3").iterdir()), folder / "test/3/new.png")
+    grown = evaluated(folder, "grown.json")
+    capsys.readouterr()
+    assert "not the same images" in fails_in_one_line(compare.main, [before, grown], capsys)
+
+
+def test_the_hash_is_of_images_labels_and_classes_in_any_order_of_these():
+    digits = data.load("digits", train=False).subset(slice(40))
+    turned = digits._replace(labels=9 - digits.labels, classes=digits.classes[::-1])
+    assert data.fingerprint(turned) == data.fingerprint(digits)
+    pixel = digits.images.clone()
+    pixel[0, 0, 0, 0] ^= 1
+    others = [digits._replace(images=pixel), digits._replace(labels=digits.labels.roll(1)), digits.subset(slice(39)),
+              digits._replace(classes=[*digits.classes[:9], "nine"]), digits.subset(torch.arange(39, -1, -1))]
+    assert len({data.fingerprint(each) for each in (digits, *others)}) == 6
+
+
+def test_equal_radii_are_equal_however_written(results, capsys):
+    for path, epsilon in zip(results, ("8/255", "16/510"), strict=True):
+        result = json.loads(path.read_text())
+        result["attacks"][0]["params"]["epsilon"] = epsilon
+        path.write_text(json.dumps(result))
+    assert list(compare.main([str(path) for path in results])) == ["PGD-20"]
+    for wrong in ({"epsilon": "x"}, {"epsilon": None}, {"epsilon": "1/0"}, []):
+        result["attacks"][0]["params"] = wrong
+        results[1].write_text(json.dumps(result))
+        assert "not a result" in fails_in_one_line(compare.main, results, capsys)
+
+
+@pytest.mark.parametrize("gained, lost, n", [(20, 0, 20), (0, 20, 20), (1, 0, 1)])
+def test_the_interval_stays_in_what_is_possible(gained, lost, n):
+    a, b = outcomes(n, gained, lost, 0)
+    for found in (compare.paired_difference(a, b), compare.difference_estimator(a, b, a, b)):
+        assert -1 <= found["interval"][0] <= found["interval"][1] <= 1
+    before, after = outcomes(400, 90, 30, 200)
+    low, high = compare.paired_difference(before, after)["interval"]
+    assert (low, high) == pytest.approx((0.0978, 0.2007), abs=1e-3)

@@ -9,9 +9,13 @@ import pytest
 import torch
 import torchvision
 import torchvision.transforms.functional as TF
+from helpers import digits_folder, fails_in_one_line
 from PIL import Image
 
+import checkpoints
 import data
+import eval_attacks
+import train_cifar
 
 
 def test_crop_and_flip_equal_torchvisions():
@@ -216,3 +220,147 @@ def test_foolboxs_sample_images_are_the_first_test_images(cifar_dir):
     test = data.load("cifar10", cifar_dir, train=False)
     assert y.tolist() == test.labels[:20].tolist()
     torch.testing.assert_close(x, test.images[:20] / 255, rtol=0, atol=1e-6)
+
+
+# What would be a wrong number without a word ----------------------------------------------------------------------
+
+
+NATURAL = ["--attacks", "natural", "--precision", "fp32", "--num-images", "60"]
+
+
+def natural(model_path, dataset):
+    argv = ["--model-path", str(model_path), "--dataset", str(dataset), *NATURAL]
+    return eval_attacks.main(argv)["attacks"][0]["correct"]
+
+
+def evaluation_fails(model_path, dataset, capsys):
+    return fails_in_one_line(eval_attacks.main, ["--model-path", model_path, "--dataset", dataset, *NATURAL], capsys)
+
+
+def test_a_folder_with_other_classes_is_refused(model_path, tmp_path, capsys):
+    digits_folder(tmp_path, lambda label: "zero" if label == 0 else str(label))
+    assert "zero and not 0" in evaluation_fails(model_path, tmp_path, capsys)
+
+
+def test_classes_in_another_order_are_mapped_to_the_models(model_path, tmp_path):
+    names = [f"class {9 - label}" for label in range(10)]
+    checkpoint = checkpoints.load(model_path) | {"classes": names}
+    checkpoints.save(checkpoint, tmp_path / "renamed.pt")
+    folder = digits_folder(tmp_path / "folder", names.__getitem__)
+    assert natural(tmp_path / "renamed.pt", folder) == natural(model_path, "digits")
+
+
+def test_folders_named_by_numbers_are_in_numeric_order(tmp_path):
+    for part in ("train", "test"):
+        for label in range(12):
+            (tmp_path / part / str(label)).mkdir(parents=True)
+            Image.new("RGB", (4, 4), (label, 0, 0)).save(tmp_path / part / str(label) / "0.png")
+    loaded = data.load(str(tmp_path))
+    assert loaded.classes == [str(label) for label in range(12)]
+    assert torch.equal(loaded.images[:, 0, 0, 0].long(), loaded.labels)
+
+
+def test_images_of_another_size_are_refused(model_path, tmp_path, capsys):
+    digits_folder(tmp_path / "64", change=lambda image: image.resize((64, 64)))
+    assert "64x64" in evaluation_fails(model_path, tmp_path / "64", capsys)
+    checkpoints.save(checkpoints.load(model_path) | {"image_size": [48, 64]}, tmp_path / "m.pt")
+    assert "trained on 48x64" in evaluation_fails(tmp_path / "m.pt", "digits", capsys)
+
+
+def test_a_folder_whose_train_and_test_differ_in_size_is_refused(tmp_path):
+    digits_folder(tmp_path, parts=["train"])
+    digits_folder(tmp_path, parts=["test"], change=lambda image: image.resize((64, 64)))
+    with pytest.raises(ValueError, match="test/0/.*is not 32x32"):
+        data.load(str(tmp_path))
+
+
+def test_an_evaluation_needs_only_the_test_part(model_path, tmp_path):
+    assert natural(model_path, digits_folder(tmp_path, parts=["test"])) == natural(model_path, "digits")
+    with pytest.raises(ValueError, match="No such file.*train"):
+        data.load(str(tmp_path))
+
+
+def test_a_checkpoint_keeps_the_size_of_its_images_and_a_resumed_run_its_classes(tmp_path, capsys, tiny_net):
+    folder, run = digits_folder(tmp_path / "folder"), tmp_path / "run"
+    flags = ["--defense", "standard", "--epochs", "1", "--batch-size", "16", "--val-size", "4", "--precision", "fp32",
+             "--compile", "off", "--dataset", str(folder), "--out-dir", str(run)]
+    train_cifar.main(flags)
+    assert checkpoints.load(run / "last.pt")["image_size"] == [32, 32]
+    for part in ("train", "test"):
+        (folder / part / "0").rename(folder / part / "zero")
+    capsys.readouterr()
+    assert "zero and not 0" in fails_in_one_line(train_cifar.main, ["--resume", "--out-dir", run], capsys)
+
+
+def test_pixels_of_16_bits_are_refused_by_name(model_path, tmp_path, capsys):
+    """Pillow clips them to 255: most of a picture is white."""
+    def deep(image):
+        return Image.fromarray(np.asarray(image.convert("L")).astype(np.uint16) * 257)
+
+    digits_folder(tmp_path, change=deep)
+    assert ".png has pixels of mode I;16" in evaluation_fails(model_path, tmp_path, capsys)
+
+
+def test_an_image_is_turned_upright(tmp_path):
+    pixels = np.zeros((8, 6, 3), np.uint8)
+    pixels[0] = 255
+    exif = Image.Exif()
+    exif[0x0112] = 6  # taken by a camera on its side: to be turned by 90 degrees clockwise
+    Image.fromarray(pixels).save(tmp_path / "a.png", exif=exif)
+    read = data.read_image_files([tmp_path / "a.png"])
+    assert read.shape == (1, 6, 8, 3) and np.array_equal(read[0], np.rot90(pixels, -1))
+
+
+def test_transparent_pixels_are_told(tmp_path, capsys):
+    pixels = np.full((8, 8, 4), 255, np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "a.png")
+    data.read_image_files([tmp_path / "a.png"])
+    assert capsys.readouterr().err == ""
+    pixels[0, 0] = 9, 8, 7, 0
+    Image.fromarray(pixels).save(tmp_path / "b.png")
+    assert data.read_image_files([tmp_path / "a.png", tmp_path / "b.png"])[1, 0, 0].tolist() == [9, 8, 7]
+    error = capsys.readouterr().err
+    assert "1 of 2 images have transparent pixels" in error and error.count("\n") == 1
+
+
+@pytest.mark.parametrize("pixels", [2**30 * 8, 12_000 * 8_000], ids=["error", "warning"])
+def test_a_decompression_bomb_is_refused_by_name(tmp_path, capsys, pixels):
+    """Pillow warns from 89 million pixels on, and raises an error of its own kind from twice as many on."""
+    for part in ("train", "test"):
+        for name in "ab":
+            (tmp_path / part / name).mkdir(parents=True)
+            Image.new("RGB", (8, 8)).save(tmp_path / part / name / "0.bmp")
+    bomb = bytearray((tmp_path / "train/a/0.bmp").read_bytes())
+    bomb[18:22] = (pixels // 8).to_bytes(4, "little")
+    (tmp_path / "train/a/0.bmp").write_bytes(bytes(bomb))
+    argv = ["--defense", "madry", "--dataset", tmp_path, "--val-size", "0", "--out-dir", tmp_path / "run"]
+    assert "train/a/0.bmp cannot be read as an image" in fails_in_one_line(train_cifar.main, argv, capsys)
+
+
+def test_what_is_not_read_is_told(folder, capsys):
+    plain = data.load(str(folder))
+    assert capsys.readouterr().err == ""
+    for part in ("train", "test"):
+        (folder / part / ".ipynb_checkpoints").mkdir()
+    (folder / "train/cat/self").symlink_to(folder / "train/cat")
+    (folder / "train/cat/up").symlink_to(folder / "train")
+    (folder / "train/cat/a.tif").touch()
+    (folder / "train/dog/._1.png").touch()
+    loaded = data.load(str(folder))
+    assert loaded.classes == ["cat", "dog"] and torch.equal(loaded.images, plain.images)
+    assert torch.equal(loaded.labels, plain.labels)
+    error = capsys.readouterr().err
+    assert error.startswith("note: 2 files") and "cat/a.tif" in error and error.count("\n") == 1
+
+
+def test_files_of_a_folder_are_in_the_order_that_torchvisions_were(folder):
+    """So that the images that an older run held out are still the same."""
+    for name in ("b", "a-b", "a"):
+        (folder / "train/cat" / name).mkdir()
+        Image.new("RGB", (8, 8), (len(name), 9, 9)).save(folder / "train/cat" / name / "x.png")
+    theirs = torchvision.datasets.ImageFolder(folder / "train").imgs
+    pixels = np.stack([np.asarray(Image.open(file)) for file, _ in theirs])
+    order = data.permutation(len(theirs), 1)
+    loaded = data.load(str(folder))
+    assert torch.equal(loaded.images.permute(0, 2, 3, 1), torch.from_numpy(pixels)[order])
+    assert loaded.labels.tolist() == [theirs[i][1] for i in order.tolist()]

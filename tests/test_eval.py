@@ -127,7 +127,7 @@ def test_bad_flags(model_path, tmp_path, capsys, monkeypatch):
         (["--attacks", "pgd-kl", "--random-start", "none"], "pgd-kl would not move"),
         (["--json", "no/such/folder.json"], "folder does not exist"), (["--arch", "wrn-16-2"], "not a wrn-16-2"),
         (["--seed=-1"], "'-1' is not an integer"), (["--dataset", "nowhere"], "unknown data set 'nowhere'"),
-        (["--restarts", "2", "--random-start", "none"], "all are the same"),
+        (["--restarts", "2", "--random-start", "none"], "all are the same"), (["--restarts", "1001"], "at most 1000"),
         (["--pool", "--epsilons", "0.1", "0.2"], "--pool: an image"), (["--save-images"], "goes with --save-examples"),
         (["--epsilon", "0.1", "--epsilons", "0.1"], "exclude one another"),
     ):

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 from helpers import fails_in_one_line
+from PIL import Image
 from test_checkpoints import own_checkpoint
 
 import checkpoints
@@ -264,6 +265,45 @@ def damaged_files(folder, cases):
 @pytest.mark.parametrize("cases", [300, pytest.param(10_000, marks=pytest.mark.slow)])
 def test_any_damaged_file_of_pseudo_labels_is_refused_or_works(tmp_path, cases):
     in_child(damaged_files, tmp_path, cases)
+
+
+# Image files ----------------------------------------------------------------------------------------------------------
+
+
+def image_forms():
+    """Small images in every format and mode that Pillow writes, right and wrong ones, with EXIF and transparency."""
+    g, exif, forms = np.random.default_rng(0), Image.Exif(), []
+    exif[0x0112] = 6
+    grey = Image.fromarray(g.integers(256, size=(9, 8), dtype=np.uint8))
+    for kind in ("PNG", "JPEG", "BMP", "WEBP", "GIF", "TIFF", "EPS", "ICO", "PPM"):
+        for mode in ("1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "YCbCr", "I", "F", "I;16", "HSV", "LAB"):
+            with contextlib.suppress(OSError, ValueError, KeyError):  # which formats have which modes differs
+                image = grey.convert("RGB").convert(mode) if mode != "I;16" else grey.convert("I").convert(mode)
+                image.save(buffer := io.BytesIO(), kind, **({"exif": exif} if kind in ("PNG", "JPEG", "WEBP") else {}))
+                forms.append(buffer.getvalue())
+    return forms
+
+
+def damaged_images(folder, cases):
+    """Half of the changes are in the first 100 bytes, where the size and the mode stand."""
+    forms, g, refused, path = image_forms(), random.Random(0), 0, folder / "x.png"
+    for case in range(cases):
+        whole = forms[case % len(forms)]
+        path.write_bytes(mutated(g, whole, g.randrange(min(g.choice([100, 10**6]), len(whole)))))
+        with contextlib.redirect_stderr(io.StringIO()) as said:
+            try:
+                images = data.read_image_files([path])
+                assert images.dtype == np.uint8 and images.shape[0] == 1 and images.shape[3] == 3 and images.size
+            except ValueError as error:
+                refused += 1
+                assert str(path) in str(error) and "\n" not in str(error) and len(str(error)) < 500, error
+        assert said.getvalue().count("\n") <= 1
+    assert cases / 4 < refused < cases
+
+
+@pytest.mark.parametrize("cases", [300, pytest.param(10_000, marks=pytest.mark.slow)])
+def test_any_damaged_image_is_refused_or_works(tmp_path, cases):
+    in_child(damaged_images, tmp_path, cases)
 
 
 # Model files ----------------------------------------------------------------------------------------------------------

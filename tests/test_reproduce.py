@@ -194,6 +194,18 @@ def test_two_gpus_get_one_process_each_and_no_cell_runs_twice(stubs, monkeypatch
     assert "working\n$ python eval_attacks.py" in (cells[0].run / "output.log").read_text()
 
 
+def test_a_cell_on_other_images_is_left_out_of_the_report(stubs, capsys):
+    cells = stubs(seven())
+    for i in range(7):
+        result = json.loads(pathlib.Path(f"result{i}-0.json").read_text())
+        eval_attacks.write(f"result{i}-0.json", result | ({"images": "other" if i == 2 else "same"} if i else {}))
+    assert ends(TABLE3) == 0
+    capsys.readouterr()
+    reproduce.report(reproduce.parse_args([*TABLE3[:3], "--report"])[1])
+    printed = capsys.readouterr().out
+    assert f"left out: {cells[2]}: " in printed and "other images than" in printed and printed.count("left out") == 1
+
+
 def test_what_is_finished_is_skipped_and_a_lost_json_alone_is_made_again(stubs):
     cells = stubs(seven())
     assert ends(TABLE3) == 0

@@ -2,6 +2,7 @@
 
 import collections
 import io
+import pathlib
 import pickle
 import tracemalloc
 
@@ -15,8 +16,11 @@ from test_train import TINY, arguments, run_until, without_times
 
 import checkpoints
 import data
+import models
 import pseudo_label
 import train_cifar
+
+BUILD = models.build_model
 
 
 def made(n=30, seed=0, num_classes=10):
@@ -248,6 +252,35 @@ def test_the_rest_of_a_data_set_is_labelled(model_path, tmp_path, capsys):
     assert "--skip 1397 leaves none of the 1397 images of digits" in error
 
 
+@pytest.mark.usefixtures("tiny_net")
+def test_held_out_images_are_not_trained_on(tmp_path, capsys, monkeypatch):
+    """At CIFAR's defaults 800 of the 1,000 images that choose best.pt had been among the pseudo-labelled ones."""
+    label = ["--model-path", str(pathlib.Path(__file__).parent / "digits-wrn-10-1-madry.pt"), "--dataset", "digits"]
+    with monkeypatch.context() as patch:
+        patch.setattr(models, "build_model", BUILD)
+        pseudo_label.main([*label, "--skip", "300", "--output", str(tmp_path / "rest.npz")])
+    held_out = data.permutation(1397, 1)[:100]
+    arrays = checkpoints.load_arrays(tmp_path / "rest.npz", optional=["training_indices"])
+    assert arrays["training_indices"].tolist() == list(range(300, 1397))
+    flags = ["--defense", "trades", "--dataset", "digits", "--limit-train", "48", "--epochs", "1", "--num-steps", "1",
+             "--precision", "fp32", "--compile", "off", "--aux-data"]
+    capsys.readouterr()
+    error = fails_in_one_line(train_cifar.main, [*flags, tmp_path / "rest.npz"], capsys)
+    assert f"{(held_out >= 300).sum()} of the 100 held-out images" in error and "--val-size 0" in error
+    train_cifar.main([*flags, str(tmp_path / "rest.npz"), "--val-size", "0", "--out-dir", str(tmp_path / "all")])
+    kept = ~np.isin(arrays["training_indices"], held_out)
+    np.savez(tmp_path / "kept.npz", **{name: values[kept] for name, values in arrays.items()})
+    train_cifar.main([*flags, str(tmp_path / "kept.npz"), "--out-dir", str(tmp_path / "kept")])
+    other = made(1097) | {"training_indices": arrays["training_indices"]}  # of another data set: other pixels
+    np.savez(tmp_path / "other.npz", **other)
+    train_cifar.main([*flags, str(tmp_path / "other.npz"), "--out-dir", str(tmp_path / "other")])
+    capsys.readouterr()
+    for wrong in (np.zeros(3, int), np.zeros(1097), np.zeros((1097, 1), int), np.array("x")):
+        np.savez(tmp_path / "wrong.npz", **arrays | {"training_indices": wrong})
+        error = fails_in_one_line(train_cifar.main, [*flags, tmp_path / "wrong.npz"], capsys)
+        assert "`training_indices` is" in error
+
+
 def test_what_pseudo_label_refuses(model_path, tmp_path, capsys):
     np.savez(tmp_path / "in.npz", data=made()["data"])
     np.savez(tmp_path / "no pixels.npz", data=np.zeros((2**40, 0, 3, 32), np.uint8))
@@ -282,3 +315,9 @@ def test_pseudo_labels_of_a_model_whose_file_is_not_enough(model_path, tmp_path,
         with pytest.raises(SystemExit, match=f"^{status}"):
             pseudo_label.main(list(map(str, argv)))
         assert not (tmp_path / "o.npz").exists()
+
+
+def test_images_of_another_size_than_the_models_are_not_labelled(model_path, tmp_path, capsys):
+    np.savez(tmp_path / "in.npz", data=np.zeros((2, 64, 64, 3), np.uint8))
+    argv = ["--model-path", model_path, "--images", tmp_path / "in.npz", "--output", tmp_path / "o.npz"]
+    assert "64x64" in fails_in_one_line(pseudo_label.main, argv, capsys)
