@@ -51,14 +51,15 @@ def main(argv=None):
     parser, args = parse_args(argv)
     try:
         device = runtime.pick_device(args.device)
-        model, info, test, dataset = eval_attacks.load(args, device)
+        model, info, test, dataset = eval_attacks.load(args)
         attacks.check_autoattack(info["num_classes"])
         oracle, oracle_info = load_oracle(args.oracle, device, info, dataset) if args.oracle else (None, None)
+        eval_attacks.say_notes(model, info, device, test.images[:200], test.labels[:200])
         if oracle:
             eval_attacks.say_notes(oracle, oracle_info, device, test.images[:200], test.labels[:200])
     except (ValueError, FloatingPointError, *runtime.FAULTS) as error:
         parser.error(error)
-    test = test if args.num_images else test.subset(slice(256))
+    test = test.subset(slice(args.num_images or 256))
     args.epsilon = args.epsilon or data.EPSILON.get(dataset, "8/255")
     try:
         model, test = model.to(device), test.to(device)

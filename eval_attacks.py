@@ -387,9 +387,8 @@ def add_machine_flags(parser):
     return add
 
 
-def load(args, device):
-    """Return (model, info, the test images asked for, the data set's name) by the flags above. Raise ValueError, or
-    what a forward pass on the device raises."""
+def load(args):
+    """Return (model, info, all test images, the data set's name) by the flags above. Raise ValueError."""
     runtime.check_output("--json", args.json)
     model, info = checkpoints.load_model(args.model_path, arch=args.arch, num_classes=args.num_classes,
                                          normalize=args.normalize, weights=args.weights)
@@ -399,8 +398,7 @@ def load(args, device):
     test = data.fitted(data.load(dataset, args.data_dir, train=False), dataset, info)
     if args.num_images and args.num_images > len(test.labels):
         raise ValueError(f"--num-images {args.num_images}: {dataset} has {len(test.labels)} test images")
-    say_notes(model, info, device, test.images[:200], test.labels[:200])
-    return model, info, test.subset(slice(args.num_images)), dataset
+    return model, info, test, dataset
 
 
 def say_notes(model, info, device, images, labels):
@@ -547,10 +545,12 @@ def main(argv=None):
     with contextlib.ExitStack() as stack:
         try:
             device, rank, _ = stack.enter_context(runtime.join_job(args.device))
-            model, info, test, dataset = load(args, device)
+            model, info, test, dataset = load(args)
             runtime.check_output("--save-examples", args.save_examples)
             if {"apgd", "autoattack"} & set(args.attacks):
                 attacks.check_autoattack(info["num_classes"])
+            say_notes(model, info, device, test.images[:200], test.labels[:200])
+            test = test.subset(slice(args.num_images))
         except (ValueError, FloatingPointError, *runtime.FAULTS) as error:
             parser.error(error)
         args.epsilon = ", ".join(args.epsilons or [args.epsilon or data.EPSILON.get(dataset, "8/255")])

@@ -120,13 +120,13 @@ class PreActBlock(nn.Module):
         self.conv1 = conv(in_planes, planes, 3, stride)
         self.bn2 = nn.BatchNorm2d(planes)
         self.conv2 = conv(planes, planes, 3)
-        self.shortcut = None
+        self.shortcut = nn.Sequential()
         if stride != 1 or in_planes != planes:
             self.shortcut = nn.Sequential(conv(in_planes, planes, 1, stride))
 
     def forward(self, x):
         out = F.relu(self.bn1(x))
-        if self.shortcut is not None:
+        if len(self.shortcut):  # the projection sees the activation, the identity does not
             x = self.shortcut(out)
         return x + self.conv2(F.relu(self.bn2(self.conv1(out))))
 
@@ -136,7 +136,7 @@ class PreActBlockX(PreActBlock):
 
     def forward(self, x):
         out = self.conv2(F.relu(self.bn2(self.conv1(F.relu(self.bn1(x))))))
-        return out + (x if self.shortcut is None else self.shortcut(x))
+        return out + self.shortcut(x)
 
 
 class ResNet(nn.Module):

@@ -328,7 +328,7 @@ def average_gradients(model):
 
 
 def _as_one(tensors, communicate):
-    if dist.is_initialized():  # one exchange takes the place of a hundred
+    if dist.is_initialized() and tensors:  # one exchange takes the place of a hundred
         flat = torch.cat([tensor.flatten() for tensor in tensors])
         communicate(flat)
         for tensor, part in zip(tensors, flat.split([tensor.numel() for tensor in tensors]), strict=True):

@@ -198,11 +198,14 @@ class Run:
             if self.rank == 0 and checkpoint["on"] != on:
                 print(f"resumed on {on}, was on {checkpoint['on']}: no longer equal to the bit")
 
-    def checkpoint(self):
-        """Return what is saved. Raises FloatingPointError if the last update, after the loss that is checked, broke
-        the weights."""
+    def check_weights(self):
+        """Raise FloatingPointError if the last update broke the weights. The loss that is checked is of before it."""
         if not all(parameter.isfinite().all() for parameter in self.model.parameters()):
             raise FloatingPointError(f"weights are not finite after step {self.step}, lr {self.rate:g}")
+
+    def checkpoint(self):
+        """Return what is saved."""
+        self.check_weights()
         return {"format": checkpoints.FORMAT, "args": vars(self.args), "classes": self.classes,
                 "image_size": self.image_size, "epoch": self.step // self.steps_per_epoch,
                 "state_dict": self.model.state_dict(), "optimizer": self.optimizer.state_dict(),
@@ -270,6 +273,7 @@ class Run:
     def end_epoch(self, forward, val_set):
         """Validate and log; save the run and, if it is the best so far, best.pt."""
         self.show()
+        self.check_weights()
         seconds = time.perf_counter() - self.epoch_start
         images = (self.step - self.epoch_first_step) * self.args.batch_size
         row = {"epoch": self.step // self.steps_per_epoch, "lr": self.rate}

@@ -209,7 +209,7 @@ MUTANTS = {  # name: (snippet, replacement, *the tests that must fail)
         "float(cheap.mean() + error.mean())", "float(cheap.mean())",
         "test_compare.py::test_the_difference_estimator_of_all_images_is_the_paired_difference"),
     "other parameters are compared all the same": (
-        'if name in after and before[name]["params"] == after[name]["params"]',
+        'if name in after and settings_of(before[name]) == settings_of(after[name])',
         "if name in after",
         "test_compare.py::test_attacks_with_other_parameters_are_left_out_and_named"),
     # attacks

@@ -184,6 +184,8 @@ TRAIN = {
     "--momentum": ("", "--momentum 0.5", weights_differ),
     "--nesterov": ("", "--nesterov", weights_differ),
     "--no-nesterov": ("--recipe rst", "--no-nesterov", weights_differ),
+    "--mirror": ("", "--mirror", weights_differ),
+    "--no-mirror": ("--dataset animals", "--no-mirror", weights_differ),
     "--weight-decay": ("", "--weight-decay 0.1", weights_differ),
     "--epsilon": ("--step-size 0.1", "--epsilon 0.02", weights_differ),
     "--step-size": ("", "--step-size 0.001", weights_differ),
@@ -252,7 +254,7 @@ def two_radii(_, after):
 
 EVALUATION = {
     "--model-path": ("", "--model-path other.pt", images_of("FGSM", "PGD", "CW")),
-    "--dataset": ("", "--dataset animals", error("model.pt has 10 classes, animals has 2")),
+    "--dataset": ("", "--dataset animals", error("the model has 10 classes, animals has 2")),
     "--data-dir": ("", "--dataset cifar10 --data-dir cut", error("cut/cifar-10-batches-py is incomplete")),
     "--num-images": ("", "--num-images 8", lambda _, after: len(after.images["PGD"]) == after.result["n"] == 8),
     "--arch": ("", "--arch wrn-16-2", error("it is a wrn-10-1, not a wrn-16-2")),
@@ -320,7 +322,7 @@ def numbers_differ(before, after):
 
 AUDIT = {
     "--model-path": ("", "--model-path other.pt", numbers_differ),
-    "--dataset": ("", "--dataset animals", error("model.pt has 10 classes, animals has 2")),
+    "--dataset": ("", "--dataset animals", error("the model has 10 classes, animals has 2")),
     "--data-dir": ("", "--dataset cifar10 --data-dir cut", error("cut/cifar-10-batches-py is incomplete")),
     "--num-images": ("", "--num-images 8", lambda before, after: (before.sizes, after.sizes) == ({16}, {8})),
     "--arch": ("", "--arch wrn-16-2", error("it is a wrn-10-1, not a wrn-16-2")),
