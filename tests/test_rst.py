@@ -297,13 +297,13 @@ def test_pseudo_labels_of_a_model_whose_file_is_not_enough(model_path, tmp_path,
     """The labels that a data set has tell of a normalisation; of images without labels nothing can."""
     normalised_outside(model_path, tmp_path / "m.pt")
     np.savez(tmp_path / "in.npz", data=made()["data"])
-    for source, hinted in ((["--images", tmp_path / "in.npz"], False), (["--dataset", "digits"], True)):
+    for source, hinted in ((["--images", tmp_path / "in.npz"], False), (["--dataset", "digits", "--skip", 1197], True)):
         argv = ["--model-path", tmp_path / "m.pt", *source, "--output", tmp_path / f"{hinted}.npz"]
         pseudo_label.main(list(map(str, argv)))
         error = capsys.readouterr().err
         assert checkpoints.ASSUMED in error and ("did you mean --normalize 0.4914" in error) == hinted
     content = checkpoints.load(model_path)
-    argv = ["--model-path", tmp_path / "m.pt", "--dataset", "digits", "--output", tmp_path / "o.npz"]
+    argv = ["--model-path", tmp_path / "m.pt", "--dataset", "digits", "--skip", 1197, "--output", tmp_path / "o.npz"]
     torch.save({"model": content["state_dict"], "ema": content["state_dict"] | {"fc.bias": torch.ones(10)}},
                tmp_path / "m.pt")
     assert "pick one by --weights" in fails_in_one_line(pseudo_label.main, argv, capsys)
