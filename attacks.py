@@ -5,6 +5,7 @@ mode, its precision and whether its weights want gradients belong to the caller 
 """
 
 import contextlib
+import functools
 import sys
 
 import torch
@@ -22,10 +23,27 @@ def pgd(model, x, target, objective, *, epsilon, step_size, num_steps, random_st
     """
     if not isinstance(random_start, torch.Tensor):
         random_start = start_perturbation(random_start, x, epsilon)
+    move = functools.partial(_ascend, epsilon=epsilon, step_size=step_size)
+    if hasattr(model, "recorded"):  # a runtime.RecordedPass
+        objective, move = model.compiled(objective), model.compiled(move)
+    step = recorded(model, functools.partial(_step, model, objective, move))
     x_adv = project(x + random_start, x, epsilon)
     for _ in range(num_steps):
-        x_adv = project(x_adv + step_size * input_gradient(model, x_adv, target, objective).sign(), x, epsilon)
+        x_adv = step(x_adv, x, target)
     return x_adv
+
+
+def _step(model, objective, move, x_adv, x, target):
+    return move(x_adv, input_gradient(model, x_adv, target, objective), x)
+
+
+def _ascend(x_adv, gradient, x, *, epsilon, step_size):
+    return project(x_adv + step_size * gradient.sign(), x, epsilon)
+
+
+def recorded(model, function):
+    """Return the function of tensors; where the model is a runtime.RecordedPass, one that a GPU replays."""
+    return model.recorded(function) if hasattr(model, "recorded") else function
 
 
 def fgsm(model, x, y, *, epsilon):
@@ -55,11 +73,18 @@ def input_gradient(model, x, target, objective):
 
 
 def probabilities(model, x):
-    """Return softmax(model(x)), (B, K), a constant: KL's target. x wants a gradient here too, so that a compiled model
-    runs the graph of the attack's steps, and none is compiled for this alone."""
-    with torch.enable_grad():
-        logits = model(x.detach().requires_grad_()).detach()
-    return _at_least_float32(logits).softmax(1)
+    """Return softmax(model(x)), (B, K), a constant: KL's target."""
+    return _at_least_float32(constant_logits(model, x)).softmax(1)
+
+
+def constant_logits(model, x):
+    """Return model(x), (B, K), without its gradient."""
+    return recorded(model, functools.partial(_logits, model))(x)
+
+
+def _logits(model, x):
+    with torch.enable_grad():  # x wants one, so that a compiled model runs the graph of an attack's step, and no other
+        return model(x.detach().requires_grad_()).detach()
 
 
 def start_perturbation(kind, like, epsilon, generator=None):
@@ -112,8 +137,8 @@ def worst_iterate(attack, model, score):
         return logits
 
     last = attack(watched)
-    with torch.no_grad():
-        watched(last)
+    with torch.enable_grad():
+        watched(last.requires_grad_())  # as in a step: a compiled model then runs no other graph
     return kept
 
 

@@ -59,7 +59,7 @@ def evaluate(model, test, args, result, device):
     """Run the attacks of args on the test images, and append their outcomes to result["attacks"]."""
     todo, model, test = attack_list(args), model.to(device), test.to(device)
     forward, forward_fp32 = crafting_passes(args, model, test, todo)
-    result.update(precision=args.precision, tf32=args.tf32, compile=args.compile)
+    result.update(precision=args.precision, tf32=device.type == "cuda", compile=args.compile)
     images = AttackedImages(model, test, args.batch_size, args.compile != "off", args.save_images)
     natural, examples = None, {"labels": test.labels.cpu().numpy()}
     images_each, passes_done = -(-len(test.labels) // runtime.rank_and_world()[1]), 0
@@ -71,7 +71,7 @@ def evaluate(model, test, args, result, device):
             bar.set_description(attack.name)
             chosen = images.right() if args.pool else torch.ones_like(test.labels, dtype=torch.bool)
             craft_by = forward_fp32 if "precision" in attack.params else forward
-            extra = run_attack(attack, craft_by, images, chosen, args.tf32, bar) if chosen.any() else {}
+            extra = run_attack(attack, craft_by, images, chosen, bar) if chosen.any() else {}
             if not attack.params:
                 natural = images.logits
             elif natural is not None and not args.pool:
@@ -96,22 +96,23 @@ def evaluate(model, test, args, result, device):
 def crafting_passes(args, model, test, todo):
     """Return two callables x -> logits that craft: in args.precision, and in float32."""
     n, world = len(test.labels), runtime.rank_and_world()[1]
-    x = data.to_float(test.images[:min(args.batch_size, -(-n // world))])
+    size = args.batch_size if test.images.is_cuda else min(args.batch_size, -(-n // world))  # as in attacked_logits
+    x = data.to_float(test.images[torch.arange(size) % n])
     passes = sum(attack.passes for attack in todo if "components" not in attack.params)
-    with runtime.tf32_convolutions(args.tf32):
-        forward = runtime.forward_pass(args, model, x, passes * n / len(x) / world)
-    if (args.tf32 or args.precision != "fp32") and any("precision" in attack.params for attack in todo):
-        forward_fp32, level, words = runtime.fast_pass(model, runtime.plain_pass(model), x, args.compile)
-        if level != args.compile:
-            print(f"what is crafted in fp32: compile {level}: {'; '.join(words)}", file=sys.stderr)
-        return forward, forward_fp32
+    with runtime.tf32_convolutions(True):
+        forward = runtime.forward_pass(args, model, x, passes * n / len(x) / world, evaluates=True)
+    if (x.is_cuda or args.precision != "fp32") and any("precision" in attack.params for attack in todo):
+        return forward, runtime.fast_pass(model, runtime.plain_pass(model), x, args.compile)
     return forward, forward
 
 
-def run_attack(attack, forward, images, chosen, tf32, bar):
+def run_attack(attack, forward, images, chosen, bar):
     """Attack the images of the mask `chosen` for one row, by the callable `forward`; of several restarts each those
     that the ones before left standing. Returns extra entries of the row."""
-    crafting = runtime.tf32_convolutions(tf32 and "precision" not in attack.params)
+    if "components" in attack.params:
+        crafting = runtime.tf32_convolutions("tf32" in attack.params)
+    else:
+        crafting = runtime.tf32_convolutions("precision" not in attack.params)
     if not attack.params:
         images.attack(None, chosen, bar.update)
     elif "components" in attack.params:
@@ -188,7 +189,7 @@ class AttackedImages:
             return
         found = None if self.x_adv is None else torch.zeros_like(self.x_adv)
         batch_size = self.batch_size
-        if not self.compiled:  # no batch need be larger than what there is
+        if not self.compiled and not self.test.images.is_cuda:  # no batch need be larger than what there is
             batch_size = min(batch_size, -(-len(positions) // runtime.rank_and_world()[1]))
         logits = attacked_logits(self.model, self.test.images, self.test.labels, attack, batch_size, progress,
                                  positions, found)
@@ -223,7 +224,8 @@ def attacked_logits(model, images, labels, attack=None, batch_size=256, progress
     Raise FloatingPointError where logits are not finite.
     """
     n, logits, (rank, world) = len(images), None, runtime.rank_and_world()
-    batch_size = min(batch_size, -(-n // world))
+    if not images.is_cuda:  # where code is compiled and cuDNN's choices are timed for one size
+        batch_size = min(batch_size, -(-n // world))
     only = torch.arange(n, device=images.device) if only is None else only
     mine = only[rank::world]
     counted, total = len(mine), max(1, -(-len(mine) // batch_size)) * batch_size
@@ -275,6 +277,8 @@ def rows_of(flag, epsilon, args):
     if flag in ("apgd", "autoattack"):
         params = dict(components=["apgd-ce", "apgd-t"] if flag == "apgd" else list(attacks.COMPONENTS), epsilon=epsilon,
                       version="standard", seed=args.seed, batch_size=args.batch_size)
+        if args.tf32:
+            params["tf32"] = True
         if (world := runtime.rank_and_world()[1]) > 1:
             params["processes"] = world
         return [("APGD-CE + APGD-T" if flag == "apgd" else "AutoAttack", params)]
@@ -330,7 +334,7 @@ def parse_args(argv=None):
         help="run cw with each confidence κ; one below 1 is crafted in float32")
     add("--pool", action="store_true", help="attack only what the attacks before left standing; the rows accumulate")
     add("--seed", type=runtime.natural_int, default=0, help="seed of the random starts")
-    add("--tf32", action="store_true", help="let what is crafted in float32 use a GPU's TF32; the counting never does")
+    add("--tf32", action="store_true", help="let apgd and autoattack too use a GPU's TF32; the counting never does")
     add = add_machine_flags(parser)
     add("--save-examples", metavar="FILE", help="write each image's predictions and margins to this .npz")
     add("--save-images", action="store_true", help="put the attacked images into it, float32, 12 kB each")

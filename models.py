@@ -209,12 +209,16 @@ class Normalised(nn.Module):
 def frozen(model):
     """Put the model into eval mode and its parameters' gradients off, as an attack must see it. Restore every
     sub-module's mode and every parameter's requires_grad at the end."""
-    modes = [(module, module.training) for module in model.modules()]
-    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    training = [module for module in model.modules() if module.training]
+    wanting = [parameter for parameter in model.parameters() if parameter.requires_grad]
     try:
-        yield model.eval().requires_grad_(False)
+        for module in training:
+            module.training = False
+        for parameter in wanting:
+            parameter.requires_grad_(False)
+        yield model
     finally:
-        for module, training in modes:
-            module.training = training
-        for parameter, requires_grad in flags:
-            parameter.requires_grad_(requires_grad)
+        for module in training:
+            module.training = True
+        for parameter in wanting:
+            parameter.requires_grad_(True)

@@ -5,6 +5,7 @@ import argparse
 import contextlib
 import ctypes
 import datetime
+import functools
 import math
 import os
 import pathlib
@@ -19,8 +20,7 @@ import torch.distributed as dist
 
 import models
 
-FAULTS = OSError, torch.OutOfMemoryError  # of the machine, in the middle of the work: one line and no traceback
-COMPILE_PAYS_MINUTES = 10  # of the eager run's time; compiling all graphs takes one to two minutes
+COMPILE_PAYS_MINUTES = {"cpu": 10, "cuda": 3}  # of the eager run's time; compiling takes one to two minutes
 
 
 class _Help(argparse.RawDescriptionHelpFormatter):
@@ -91,7 +91,7 @@ def add_runtime_flags(parser, default=None):
     add("--precision", choices=("auto", "fp32", "bf16"), default=default,
         help="bf16: autocast, weights stay float32; auto: the faster on this machine (default: auto)")
     add("--compile", choices=("auto", "on", "graphs", "off"), default=default,
-        help="torch.compile; graphs: with CUDA graphs; auto: on if the work repays it (default: auto)")
+        help="torch.compile; graphs: CUDA graphs of it too; auto: the fastest, if the work repays it (default: auto)")
     add("--device", choices=("auto", "cpu", "cuda"), default=default,
         help="auto: the GPU, if there is one (default: auto)")
     return add
@@ -108,22 +108,48 @@ def duration(minutes):
 # Device, precision and compiling. -------------------------------------------------------------------------------------
 
 
-def forward_pass(args, model, x, passes, train_passes=0, too_long=None):
+def forward_pass(args, model, x, passes, rehearsal=None, too_long=None, strict=True, evaluates=False):
     """Return a callable x -> logits of the model, as args.precision and args.compile ask for.
 
-    What these two come to on this machine is written into args, the same on all processes, and onto the screen.
-    passes: how many passes over batches like x are to come. train_passes: the forward passes of one training step.
+    What these two come to on this machine is written into args, the same in all processes, and onto the screen.
+    x: a batch like those to come; passes: how many passes over such batches. rehearsal(forward) does once what is to
+    come (default: a pass of an attack); where it fails the next slower level is taken, or, if the level was asked for
+    and strict, CompileFailed raised. too_long: what to say where a CPU needs more than a day. evaluates: "auto" means
+    float32.
     """
-    args.precision, why_precision = from_rank_0(pick_precision(args.precision, x.device))
-    forward = plain_pass(model, args.precision)
-    args.compile, why_compile = from_rank_0(pick_compile(args.compile, model, forward, x, passes, too_long))
+    asked = args.compile
+    args.precision, why_precision = from_rank_0(pick_precision(args.precision, x.device, evaluates))
+    plain = plain_pass(model, args.precision)
+    args.compile, why_compile = from_rank_0(pick_compile(asked, model, plain, x, passes, too_long))
     say = print if rank_and_world()[0] == 0 else lambda *_, **__: None
     # before compiling, which takes minutes for a large model
     say(f"precision {args.precision}: {why_precision}\ncompile {args.compile}: {why_compile}", flush=True)
-    forward, args.compile, words = fast_pass(model, forward, x, args.compile, train_passes)
-    if words:
-        say(f"compile {args.compile}: {'; '.join(words)}")
-    return forward
+    while args.compile != "off":
+        start, failure = time.perf_counter(), None
+        try:
+            forward = fast_pass(model, plain, x, args.compile)
+            forward.strict = True
+            with untouched(model):
+                rehearsal(forward) if rehearsal else attack_pass(model, forward, x)
+        except Exception as error:  # whatever the toolchain may raise
+            failure = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+        if not any_process(failure)[0]:
+            say(f"{time.perf_counter() - start:.0f} s to compile and try")
+            forward.strict = strict and asked == "graphs"
+            return forward
+        failure = f"--compile {args.compile} failed, {failure or 'in another process'}"
+        if strict and asked != "auto":
+            raise CompileFailed(failure)
+        args.compile = "on" if args.compile == "graphs" else "off"
+        say(f"{failure}; going on with --compile {args.compile}")
+    return plain
+
+
+class CompileFailed(Exception):
+    """Raised where --compile was asked for and cannot be had: days on the slow path would be worse."""
+
+
+FAULTS = OSError, torch.OutOfMemoryError, CompileFailed  # of the machine: one line, exit status 1 and no traceback
 
 
 def plain_pass(model, precision="fp32"):
@@ -131,84 +157,171 @@ def plain_pass(model, precision="fp32"):
     def forward(x):
         with torch.autocast(x.device.type, torch.bfloat16, enabled=precision == "bf16"):
             return model(x)
-    # torch.compile stores its code with the code object, which closures share, and after eight falls silently to eager
-    forward.__code__ = forward.__code__.replace()
     return forward
 
 
-def fast_pass(model, plain, x, level, train_passes=0):
-    """Return (a callable x -> logits, its level, a list of words on what came of it).
-
-    Of the levels "graphs" (CUDA graphs), "on" (compiled) and "off", which is `plain` itself, it is the first from
-    `level` on that works for batches like x in all processes.
-    """
-    words, levels = [], {"off": [], "on": ["on"], "graphs": ["graphs", "on"]}[level]
-    if level == "graphs" and not x.is_cuda:
-        words, levels = ["no CUDA graphs on a CPU"], ["on"]
-    for tried in levels:
-        start, failure = time.perf_counter(), None
-        try:
-            compiled = compile_and_try(model, plain, x, tried, train_passes)
-        except Exception as error:  # whatever the toolchain may raise: the run must go on
-            first_line = str(error).strip().partition("\n")[0]
-            failure = f"torch.compile failed ({type(error).__name__}): {first_line}"
-        if not any_process(failure)[0]:
-            return compiled, tried, [*words, f"{time.perf_counter() - start:.0f} s to compile and try"]
-        words.append(failure or "torch.compile failed in another process")
-        torch.compiler.reset()  # gives back what was recorded
-    return plain, "off", words
+def fast_pass(model, plain, x, level):
+    """Return the callable `plain`, x -> logits, at a level of --compile, for batches like x."""
+    if level == "off":
+        return plain
+    return RecordedPass(model, compiled(plain), x) if level == "graphs" else compiled(plain)
 
 
-def compile_and_try(model, plain, x, level, train_passes=0):
-    mode, rounds = "default", 1
-    if level == "graphs":  # whoever keeps a result of a CUDA graph beyond the next call must copy it
-        mode, rounds = "reduce-overhead", 3  # one round warms up, one records, one replays
-    compiled = torch.compile(plain, dynamic=False, mode=mode)
-    # or_error: else torch leaves out what it cannot record
-    with torch._inductor.config.patch("triton.cudagraph_or_error", level == "graphs"):
-        rehearse(model, compiled, x, rounds, train_passes)
-    return compiled
+def compiled(function):
+    """Return torch.compile's version of a function of tensors, with code of its own: torch keeps its graphs with the
+    code object, which closures share, and after eight of them falls silently back to eager."""
+    def run(*inputs):
+        return function(*inputs)
+    run.__code__ = run.__code__.replace()
+    return torch.compile(run, dynamic=False)
 
 
-def rehearse(model, forward, x, rounds=1, train_passes=0):
-    """Run the passes over batches like x that are to come, and leave no trace: the attack's, on the frozen model; and
-    of a training step its forward passes and their backward pass, in the mode that the model is in."""
-    inputs, buffers = x.detach().requires_grad_(), [(buffer, buffer.clone()) for buffer in model.buffers()]
+def attack_pass(model, forward, x):
+    """Run what an attack's step consists of: a forward pass of the frozen model, and the gradient of its input."""
+    inputs = x.detach().requires_grad_()
+    with models.frozen(model):
+        torch.autograd.grad(forward(inputs).float().sum(), inputs)
+
+
+@contextlib.contextmanager
+def untouched(model):
+    """Put back the model's buffers, which training passes alter, at the end."""
+    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
     try:
-        with torch.random.fork_rng([x.device] if x.is_cuda else []):
-            for _ in range(rounds):
-                with models.frozen(model):
-                    torch.autograd.grad(forward(inputs).float().sum(), inputs)
-                if train_passes:  # grad() and not backward(), which would leave .grad behind
-                    total = sum(forward(x).float().sum() for _ in range(train_passes))
-                    torch.autograd.grad(total, list(model.parameters()))
+        yield
     finally:
-        for buffer, before in buffers:
-            buffer.copy_(before)  # in place: a CUDA graph reads it where it lies
+        with torch.no_grad():
+            for buffer, before in buffers:
+                buffer.copy_(before)  # in place: a CUDA graph reads it where it lies
 
 
-def pick_compile(name, model, eager, x, passes, too_long=None):
+class Recording:
+    """A function of tensors as one CUDA graph: called with others of the same shapes, a GPU replays its kernels without
+    waiting for the CPU to launch them. It returns copies; what it leaves in a gradient is overwritten at the next call.
+
+    The function returns a tensor, or a tuple of tensors and None. What it reads besides its inputs, such as weights,
+    is read where it lies; numbers are recorded as they were.
+    """
+
+    def __init__(self, function, inputs, pool):
+        self.inputs = [given.detach().clone() for given in inputs]
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(2):  # what happens only once must not be recorded
+                function(*self.inputs)
+        torch.cuda.current_stream().wait_stream(stream)
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph, pool=pool):
+            self.outputs = function(*self.inputs)
+
+    def __call__(self, *inputs):
+        for kept, given in zip(self.inputs, inputs, strict=True):
+            kept.copy_(given)
+        self.graph.replay()
+        if isinstance(self.outputs, tuple):
+            return tuple(None if output is None else output.clone() for output in self.outputs)
+        return self.outputs.clone()
+
+
+class RecordedPass:
+    """A callable x -> logits of a model, compiled, which also records what calls it again and again."""
+
+    def __init__(self, model, forward, x):
+        self.model, self.forward, self.shape, self.strict = model, forward, x.shape, False
+        # one pool for all: each keeps its inputs and outputs, and fills the rest anew at every replay
+        self.pool, self.recordings, self.parts = torch.cuda.graph_pool_handle(), {}, {}
+
+    def __call__(self, x):
+        return self.forward(x)
+
+    def recorded(self, function):
+        """Return the same function of tensors, which calls this pass, but replayed. The first tensor is a batch; one
+        of another shape than x is not worth a recording."""
+        def replay(*inputs):
+            if inputs[0].shape != self.shape:
+                return function(*inputs)
+            key = _value(function)
+            if key not in self.recordings:
+                self.recordings[key] = self._record(function, inputs), function  # kept, so that its id stays its own
+            return self.recordings[key][0](*inputs)
+        return replay
+
+    def compiled(self, function):
+        """Return the same function, compiled, for use within a recorded one: a few kernels take the place of many."""
+        key = _value(function)
+        if key not in self.parts:
+            self.parts[key] = compiled(function), function
+        return self.parts[key][0]
+
+    def _record(self, function, inputs):
+        """Return a Recording that was compared with the function, or the function itself where it cannot be had."""
+        failure = None
+        try:
+            with untouched(self.model):
+                expected = [*_tensors(function(*inputs)), *self._gradients()]
+            with untouched(self.model):
+                recording = Recording(function, inputs, self.pool)
+            with untouched(self.model):
+                found = [*_tensors(recording(*inputs)), *self._gradients()]
+            if any(differ(a, b) for a, b in zip(expected, found, strict=True)):
+                failure = "replayed it gives other values"
+        except RuntimeError as error:
+            failure = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+        if failure is None:
+            return recording
+        if self.strict:
+            raise CompileFailed(f"--compile graphs failed, {failure}")
+        print(f"a step could not be recorded, {failure}; going on without", file=sys.stderr)
+        return function
+
+    def _gradients(self):
+        return [p.grad.clone() for p in self.model.parameters() if p.grad is not None]
+
+
+def differ(a, b):
+    """Return whether more than one value in a hundred differs by more than one in a hundred of the largest: some of
+    cuDNN's kernels add in a varying order, and a sign that tips moves a pixel by two steps."""
+    return bool(((a - b).abs() > 0.01 * a.abs().max()).float().mean() > 0.01) or not bool(b.isfinite().all())
+
+
+def _tensors(outputs):
+    return [output for output in (outputs if isinstance(outputs, tuple) else (outputs,)) if output is not None]
+
+
+def _value(part):
+    """Return a dictionary's key for a function: two functools.partial of the same function and numbers share it."""
+    if isinstance(part, functools.partial):
+        return _value(part.func), *map(_value, part.args), *((key, _value(v)) for key, v in part.keywords.items())
+    return part if isinstance(part, int | float | str) else id(part)
+
+
+def pick_compile(name, model, plain, x, passes, too_long=None):
     """Return (a level of --compile, the reason in words).
 
-    "auto" becomes "on" if `passes` passes of the callable `eager` over batches like x take so long that compiling pays,
-    else "off". CUDA graphs must be asked for. too_long: what to say where a CPU needs more than a day.
+    "auto" becomes "off" if `passes` passes of the callable `plain` over batches like x take too little time for
+    compiling to pay; else "graphs" on a GPU and "on" on a CPU.
     """
+    if name == "graphs" and not x.is_cuda:
+        return "on", "no CUDA graphs on a CPU"
     if name != "auto":
         return name, "as asked"
     part = x if x.is_cuda else x[:16]  # one pass of a WRN-34-10 over 128 images takes a minute on two cores
-    seconds = shortest_seconds(lambda: rehearse(model, eager, part), x.device, 1)
+    seconds = shortest_seconds(lambda: attack_pass(model, plain, part), x.device, 1)
     minutes = seconds * len(x) / len(part) * passes / 60
-    if minutes < COMPILE_PAYS_MINUTES:
+    if minutes < COMPILE_PAYS_MINUTES[x.device.type]:
         return "off", f"eager needs about {duration(minutes)}, too little for compiling to pay"
     hint = f", {too_long}" if too_long and minutes > 24 * 60 and not x.is_cuda else ""
-    return "on", f"eager needs about {duration(minutes)}{hint}"
+    return "graphs" if x.is_cuda else "on", f"eager needs about {duration(minutes)}{hint}"
 
 
-def pick_precision(name, device):
+def pick_precision(name, device, evaluates=False):
     """Return ("fp32" or "bf16", the reason in words) for a value of --precision. On a CPU "auto" times a matrix
     product: a CPU without bf16 units takes longer for bf16 than for float32."""
     if name != "auto":
         return name, "as asked"
+    if evaluates:
+        return "fp32", "what an evaluation counts by"
     if device.type == "cuda":
         has_units = torch.cuda.is_bf16_supported(including_emulation=False)
         return ("bf16", "the GPU has bf16 units") if has_units else ("fp32", "the GPU has no bf16 units")
@@ -384,8 +497,9 @@ class Stopped(Exception):
 
 def stoppable(forward, stop):
     """Return `forward`, a callable x -> logits, but raising Stopped once `stop` is filled: on a CPU an attack may take
-    minutes, and none of it is kept. Of several processes none may leave the others: there it is `forward` itself."""
-    if rank_and_world()[1] > 1:
+    minutes, and none of it is kept. Of several processes none may leave the others, and a GPU's attack takes no time:
+    there it is `forward` itself."""
+    if rank_and_world()[1] > 1 or torch.cuda.is_initialized():
         return forward
 
     def checked(x):

@@ -70,37 +70,40 @@ def train(args, checkpoint, train_set, val_set, device, stop=()):
     model = models.build_model(args.arch, len(train_set.classes)).to(device)
     run = Run(args, model, train_set, checkpoint)
     forward = training_pass(run, train_set)
+    update = attacks.recorded(forward, functools.partial(forward_backward, model, forward, args))
     if runtime.any_process(stop)[0]:  # while compiling, which the signal may have broken: the directory stays as it was
         return False
     with run.prepare_directory(checkpoint), contextlib.suppress(runtime.Stopped):
+        attack_forward = runtime.stoppable(forward, stop)
+        if len(run.rows) < run.step // run.steps_per_epoch:  # stopped in an epoch's validation
+            run.end_epoch(attack_forward, val_set)
         for epoch in range(run.step // run.steps_per_epoch, args.epochs):
             order = data.batches(len(train_set.labels), args.batch_size, args.seed, epoch, aux_images(args)).to(device)
             for indices in order[run.step % run.steps_per_epoch :]:
                 run.pause(stop)
                 run.set_rate(learning_rate(args, epoch + 1, run.step / run.total_steps))
                 x, y, start = training_batch(args, train_set, indices, run.step)
-                x_adv = inner_maximisation(model, runtime.stoppable(forward, stop), x, y, start, args)  # Eq. 5, 10
+                x_adv = inner_maximisation(model, attack_forward, x, y, start, args)  # Eq. 5, 10
                 shares = sampled_shares(run, forward, x, x_adv, y)  # of the model that was attacked
-                loss, logits_nat, logits_adv = forward_backward(model, forward, x, x_adv, y, args)  # section 3.3
+                loss, logits_nat, logits_adv = update(x, x_adv, y)  # section 3.3
                 runtime.average_gradients(model)
                 run.optimizer.step()
-                run.optimizer.zero_grad(set_to_none=True)  # here: of CUDA graphs no gradient may outlive its own
                 runtime.broadcast_buffers(model)
                 run.count(torch.cat([tally(loss, logits_nat, logits_adv, y), shares]))
-            run.end_epoch(forward, val_set)
+            run.end_epoch(attack_forward, val_set)
         return True
     run.save()
     return False
 
 
 def inner_maximisation(model, forward, x, y, start, args):
-    """Return x_adv by PGD (Eq. 7) on the frozen model, or None in standard training.
+    """Return x_adv by PGD (Eq. 7) on the frozen model, or x in standard training.
 
     The attack maximises the defense's own objective, or LSCE, which is SPAT (Eq. 10). forward: a callable x -> logits
     of the model; x (B, C, H, W) in [0, 1]; y (B,); start: a perturbation like x.
     """
     if args.defense == "standard":
-        return None
+        return x
     objective = INNER[args.defense]
     if args.spat_alpha is not None:
         objective = functools.partial(losses.lsce, alpha=args.spat_alpha)  # Eq. 8-9
@@ -112,16 +115,17 @@ def inner_maximisation(model, forward, x, y, start, args):
                            step_size=float(Fraction(args.step_size)), num_steps=args.num_steps)
 
 
-def forward_backward(model, forward, x, x_adv, y, args):
+def forward_backward(model, forward, args, x, x_adv, y):
     """Leave the gradients of the defense's loss (Eq. 4, section 3.3) in the weights; return (loss, logits_nat,
     logits_adv), None for logits that the defense does without. x and x_adv go through the model apart, natural first:
     together they would share their batch statistics."""
     model.train()
+    model.zero_grad()
     logits_nat = None if args.defense == "madry" else forward(x)
     logits_adv = None if args.defense == "standard" else forward(x_adv)
     loss = OUTER[args.defense](logits_adv, logits_nat, y, args.beta)
     loss.backward()
-    return loss.detach(), logits_nat, logits_adv
+    return tuple(None if output is None else output.detach() for output in (loss, logits_nat, logits_adv))
 
 
 def training_batch(args, train_set, indices, step):
@@ -160,14 +164,20 @@ def build_optimizer(model, args):
 
 
 def training_pass(run, train_set):
-    """Return a callable x -> logits of the model, as fast as --precision and --compile make it for the run's batches.
-    """
+    """Return a callable x -> logits of the model, as fast as --precision and --compile make it for the run's batches,
+    after a rehearsal of a step of the attack and of the update."""
     args = run.args
-    x = data.to_float(train_set.images[torch.arange(args.batch_size // run.world) % len(train_set.labels)])
+    indices = torch.arange(args.batch_size // run.world) % len(train_set.labels)
+    x, y = data.to_float(train_set.images[indices]), train_set.labels[indices]
+
+    def rehearsal(forward):
+        one_step = argparse.Namespace(**vars(args) | {"num_steps": 1})
+        x_adv = inner_maximisation(run.model, forward, x, y, torch.zeros_like(x), one_step)
+        attacks.recorded(forward, functools.partial(forward_backward, run.model, forward, args))(x, x_adv, y)
+
     passes_a_step = 2 if args.defense == "standard" else args.num_steps + 4
-    train_passes = 2 if args.defense in ("trades", "mart") else 1
     passes = (run.total_steps - run.step) * passes_a_step
-    return runtime.forward_pass(args, run.model, x, passes, train_passes, SMALLER)
+    return runtime.forward_pass(args, run.model, x, passes, rehearsal, SMALLER, strict=run.is_new)
 
 
 # A run and its directory. ---------------------------------------------------------------------------------------------
@@ -188,7 +198,7 @@ class Run:
         self.steps_per_epoch = math.ceil(len(train_set.labels) / args.batch_size)
         self.total_steps = args.epochs * self.steps_per_epoch
         self.step, self.rows, self.best, self.sums = 0, [], -1.0, torch.zeros(6, device=self.device)
-        self.rate = args.lr
+        self.rate, self.is_new = args.lr, checkpoint is None
         if checkpoint is not None:
             model.load_state_dict(checkpoint["state_dict"])
             self.optimizer.load_state_dict(checkpoint["optimizer"])
@@ -320,11 +330,10 @@ def validate(model, forward, val_set, args):
 def sampled_shares(run, forward, x, x_adv, y):
     """Return (3,), for the log: losses.spat_counts and of how many examples, of one batch in SHARES_EVERY; else zeros.
     """
-    if x_adv is None or run.step % run.steps_per_epoch % SHARES_EVERY:
+    if run.args.defense == "standard" or run.step % run.steps_per_epoch % SHARES_EVERY:
         return x.new_zeros(3)
     with models.frozen(run.model):
-        # x wants a gradient, so that a compiled pass is the attack's; double() copies what the next pass may overwrite
-        logits_nat, logits_adv = (forward(batch.detach().requires_grad_()).detach().double() for batch in (x, x_adv))
+        logits_nat, logits_adv = (attacks.constant_logits(forward, batch) for batch in (x, x_adv))
     counts = losses.spat_counts(logits_nat, logits_adv, y, run.args.spat_alpha or 0.0)
     return torch.cat([counts, counts.new_full((1,), len(y))]).float()
 
