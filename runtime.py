@@ -497,9 +497,9 @@ class Stopped(Exception):
 
 def stoppable(forward, stop):
     """Return `forward`, a callable x -> logits, but raising Stopped once `stop` is filled: on a CPU an attack may take
-    minutes, and none of it is kept. Of several processes none may leave the others, and a GPU's attack takes no time:
+    minutes, and none of it is kept. Of several processes none may leave the others, and what is recorded takes no time:
     there it is `forward` itself."""
-    if rank_and_world()[1] > 1 or torch.cuda.is_initialized():
+    if rank_and_world()[1] > 1 or isinstance(forward, RecordedPass):
         return forward
 
     def checked(x):

@@ -1,13 +1,12 @@
 """What the flags --precision, --compile and --device come to, and that nobody is left without a way to run."""
 
 import argparse
-import contextlib
 import functools
 
 import numpy as np
 import pytest
 import torch
-from helpers import SmallNet, fails_in_one_line, like_cuda_graphs
+from helpers import SmallNet, fails_in_one_line, record_on_a_cpu
 from test_train import TINY, without_times
 
 import attacks
@@ -51,91 +50,80 @@ def test_compile_auto_is_on_for_a_long_run_only_and_says_why():
     assert model.training and all(p.requires_grad for p in model.parameters())
 
 
-@pytest.mark.parametrize("fails_in", ["eval", "train"])
-def test_a_compiler_that_fails_leaves_the_eager_model(fails_in, monkeypatch, capsys):
-    """Also one that fails in the second graph only, that of the training step."""
-    model, x = models.build_model("wrn-10-1"), torch.rand(2, 3, 32, 32)
-
-    def broken(function, **settings):
-        def call(x):
-            if model.training == (fails_in == "train"):
+def broken_compiler(fails):
+    """In the place of torch.compile: what it returns raises where fails(x) says so."""
+    def compile(function, **settings):
+        def call(*inputs):
+            if fails(*inputs):
                 raise RuntimeError("no compiler\nand much more")
-            return function(x)
+            return function(*inputs)
         return call
+    return compile
 
-    monkeypatch.setattr(torch, "compile", broken)
-    args = argparse.Namespace(precision="fp32", compile="on")
-    forward = runtime.forward_pass(args, model, x, passes=1, train_passes=2)
-    assert capsys.readouterr().out.endswith("compile off: torch.compile failed (RuntimeError): no compiler\n")
+
+@pytest.mark.parametrize("fails_in", ["eval", "train"])
+@pytest.mark.parametrize("asked, strict", [("auto", True), ("on", False), ("on", True)])
+def test_a_compiler_that_fails(fails_in, asked, strict, monkeypatch, capsys):
+    """Also in the training step's graph only: where it was not asked for, or a run goes on, eager code is run."""
+    model, x = models.build_model("wrn-10-1"), torch.rand(2, 3, 32, 32)
+    monkeypatch.setattr(torch, "compile", broken_compiler(lambda x: model.training == (fails_in == "train")))
+    monkeypatch.setattr(runtime, "COMPILE_PAYS_MINUTES", {"cpu": 0})
+    args = argparse.Namespace(precision="fp32", compile=asked)
+
+    def rehearsal(forward):
+        runtime.attack_pass(model, forward, x)
+        forward(x).sum().backward()
+
+    if asked == "on" and strict:
+        with pytest.raises(runtime.CompileFailed, match="^--compile on failed, RuntimeError: no compiler$"):
+            runtime.forward_pass(args, model, x, 1, rehearsal, strict=strict)
+        return
+    forward = runtime.forward_pass(args, model, x, 1, rehearsal, strict=strict)
+    assert capsys.readouterr().out.endswith(
+        "--compile on failed, RuntimeError: no compiler; going on with --compile off\n")
     assert args.compile == "off"  # what the checkpoint and the JSON are to say
-    assert forward.__name__ == "forward"  # plain_pass's, and not call
     with torch.no_grad(), models.frozen(model):
         assert torch.equal(forward(x), model(x))
     args.compile = "on"  # an evaluation does not try what it does not do
-    runtime.forward_pass(args, model, x, passes=1)
-    assert args.compile == ("on" if fails_in == "train" else "off")
+    if fails_in == "train":
+        runtime.forward_pass(args, model, x, passes=1)
+        assert args.compile == "on"
 
 
-@pytest.mark.parametrize("broken, wanted, came_of_it, tried", [
-    ((), "graphs", "graphs", ["graphs"]), (("graphs",), "graphs", "on", ["graphs", "on"]),
-    (("graphs", "on"), "graphs", "off", ["graphs", "on"]), ((), "on", "on", ["on"]), ((), "off", "off", [])])
-def test_cuda_graphs_fall_back_to_compiled_and_that_to_eager(broken, wanted, came_of_it, tried, monkeypatch):
-    asked = []
-
-    def compile_and_try(model, plain, x, level, train_passes):
-        asked.append(level)
-        if level in broken:
-            raise RuntimeError(f"no {level}")
-        return level
-
-    monkeypatch.setattr(runtime, "compile_and_try", compile_and_try)
-    forward, level, words = runtime.fast_pass(None, "eager", argparse.Namespace(is_cuda=True), wanted)
-    assert (forward, level) == ("eager" if came_of_it == "off" else came_of_it, came_of_it)
-    said = [f"torch.compile failed (RuntimeError): no {one}" for one in broken]
-    assert asked == tried and words == said + ["0 s to compile and try"] * (came_of_it != "off")
+def test_a_compiler_that_was_asked_for_and_fails_ends_the_run_in_one_line(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch, "compile", broken_compiler(lambda *_: True))
+    with pytest.raises(SystemExit) as exit_info:
+        train_cifar.main(["--defense", "madry", *TINY, "--compile", "on", "--out-dir", str(tmp_path / "run")])
+    assert exit_info.value.code == ("train_cifar.py: --compile on failed, RuntimeError: no compiler; "
+                                    "no checkpoint was written yet")
 
 
 def test_cuda_graphs_on_a_cpu_are_left_out_and_said(monkeypatch, capsys):
-    monkeypatch.setattr(torch, "compile", lambda function, mode, **_: {"default": lambda x: function(x)}[mode])
+    monkeypatch.setattr(torch, "compile", lambda function, **_: lambda x: function(x))
     args = argparse.Namespace(precision="fp32", compile="graphs")
     runtime.forward_pass(args, models.build_model("wrn-10-1"), torch.rand(2, 3, 32, 32), passes=1)
-    assert args.compile == "on" and "compile on: no CUDA graphs on a CPU; " in capsys.readouterr().out
+    assert args.compile == "on" and "compile on: no CUDA graphs on a CPU\n" in capsys.readouterr().out
 
 
-def test_what_fails_in_one_process_is_used_in_none(monkeypatch):
+def test_what_fails_in_one_process_is_used_in_none(monkeypatch, capsys):
     monkeypatch.setattr(torch, "compile", lambda function, **_: lambda x: function(x))
     monkeypatch.setattr(runtime, "any_process", lambda *flags: [True])
-    model, x = models.build_model("wrn-10-1"), torch.rand(2, 3, 32, 32)
-    eager = runtime.plain_pass(model)
-    assert runtime.fast_pass(model, eager, x, "on") == (eager, "off", ["torch.compile failed in another process"])
+    args = argparse.Namespace(precision="fp32", compile="on")
+    runtime.forward_pass(args, models.build_model("wrn-10-1"), torch.rand(2, 3, 32, 32), passes=1, strict=False)
+    assert args.compile == "off" and "--compile on failed, in another process" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("fails_at", [None, 1, 5])
-def test_a_rehearsal_leaves_no_trace(fails_at):
-    """Not even one that fails half way, and whatever the model draws; it runs what it says."""
-    torch.manual_seed(0)
-    model, x, seen = SmallNet(), torch.rand(4, 3, 8, 8), []
-    model.head.eval()
-    for parameter in model.parameters():
-        parameter.grad = torch.rand_like(parameter)
-
-    def state():
-        tensors = [*model.buffers(), *model.parameters(), *(p.grad for p in model.parameters()), torch.get_rng_state()]
-        return [t.clone() for t in tensors], [m.training for m in model.modules()], [
-            p.requires_grad for p in model.parameters()], x.requires_grad
-
-    def forward(batch):
-        seen.append((model.training, batch.requires_grad))
-        if len(seen) == fails_at:
-            raise RuntimeError
-        return model(batch + 0 * torch.rand_like(batch))
-
-    tensors, *flags = state()
-    with pytest.raises(RuntimeError) if fails_at else contextlib.nullcontext():
-        runtime.rehearse(model, forward, x, rounds=2, train_passes=2)
-    tensors_now, *flags_now = state()
-    assert flags_now == flags and all(torch.equal(a, b) for a, b in zip(tensors_now, tensors, strict=True))
-    assert seen == ([(False, True), (True, False), (True, False)] * 2)[:fails_at]
+def test_a_rehearsal_leaves_no_trace(tmp_path, monkeypatch):
+    """Of training: the weights after a step are those without one."""
+    found = []
+    for rehearsed in (True, False):
+        if not rehearsed:
+            monkeypatch.setattr(runtime, "forward_pass", lambda args, model, *_, **__: runtime.plain_pass(model))
+        monkeypatch.setattr(torch, "compile", lambda function, **_: lambda *inputs: function(*inputs))
+        out = tmp_path / str(rehearsed)
+        train_cifar.main(["--defense", "mart", *TINY, "--epochs", "1", "--compile", "on", "--out-dir", str(out)])
+        found.append(checkpoints.load(out / "last.pt")["state_dict"])
+    assert all(torch.equal(found[0][key], found[1][key]) for key in found[1])
 
 
 def test_more_processes_than_gpus(monkeypatch):
@@ -170,9 +158,7 @@ def test_the_fast_path_computes_what_the_plain_path_computes(compiled):
     plain.to(memory_format=torch.contiguous_format)
     x, y = torch.rand(16, 3, 32, 32, dtype=torch.float64), torch.randint(10, (16,))
     start = attacks.start_perturbation("uniform", x, 8 / 255)
-    forward = runtime.plain_pass(fast)
-    if compiled == "on":
-        forward = runtime.compile_and_try(fast, forward, x, "on")
+    forward = runtime.fast_pass(fast, runtime.plain_pass(fast), x, compiled)
     settings = dict(epsilon=8 / 255, step_size=2 / 255, num_steps=10, random_start=start)
     with models.frozen(plain), models.frozen(fast):
         expected = attacks.pgd(plain, x, y, losses.cross_entropy, **settings)
@@ -194,41 +180,83 @@ def test_passes_for_batches_of_many_sizes_are_all_compiled(monkeypatch):
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
     model = SmallNet()
     with torch._dynamo.config.patch(recompile_limit=2, fail_on_recompile_limit_hit=True):
-        found = [runtime.fast_pass(model, runtime.plain_pass(model), torch.rand(size, 3, 8, 8), "on", train_passes=1)
-                 for size in (2, 3, 4, 5)]
-    assert [level for _, level, _ in found] == ["on"] * 4
+        for size in (2, 3, 4, 5):
+            x = torch.rand(size, 3, 8, 8)
+            forward = runtime.fast_pass(model, runtime.plain_pass(model), x, "on")
+            runtime.attack_pass(model, forward, x)
+            forward(x)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("flags", [["standard"], ["madry"], ["trades"], ["mart", "--spat-alpha", "0.3"]], ids=" ".join)
-def test_training_keeps_no_result_that_a_cuda_graph_overwrites(flags, tmp_path, monkeypatch):
-    """To the bit the eager run: so the rehearsal leaves no trace either."""
-    argv = ["--defense", *flags, *TINY, "--epochs", "1"]
+def test_recorded_training_is_the_eager_one(flags, tmp_path, monkeypatch):
+    """To the bit, with a stand-in that overwrites what it handed out: so nothing is kept that a CUDA graph overwrites,
+    no learning rate is recorded, and what is recorded is recorded once."""
+    argv = ["--defense", *flags, *TINY, "--lr-schedule", "onecycle"]
     train_cifar.main([*argv, "--out-dir", str(tmp_path / "off")])
-    monkeypatch.setattr(torch, "compile", like_cuda_graphs)
-    train_cifar.main([*argv, "--compile", "on", "--out-dir", str(tmp_path / "on")])
-    on, off = (checkpoints.load(tmp_path / level / "last.pt") for level in ("on", "off"))
-    assert (on["args"]["compile"], off["args"]["compile"]) == ("on", "off")
-    assert all(torch.equal(on["state_dict"][key], off["state_dict"][key]) for key in off["state_dict"])
-    assert without_times(tmp_path / "on/log.csv") == without_times(tmp_path / "off/log.csv")
+    recorded = record_on_a_cpu(monkeypatch)
+    train_cifar.main([*argv, "--compile", "graphs", "--out-dir", str(tmp_path / "graphs")])
+    # the update, validation's attack; the attack, whose step is another, and the logits of the shares, TRADES' target
+    assert len(recorded) == (2 if flags == ["standard"] else 4)
+    graphs, off = (checkpoints.load(tmp_path / level / "last.pt") for level in ("graphs", "off"))
+    assert (graphs["args"]["compile"], off["args"]["compile"]) == ("graphs", "off")
+    assert all(torch.equal(graphs["state_dict"][key], off["state_dict"][key]) for key in off["state_dict"])
+    assert without_times(tmp_path / "graphs/log.csv") == without_times(tmp_path / "off/log.csv")
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("flags", [["--precision", "bf16"], ["--restarts", "2", "--any-step"], ["--pool"]])
-def test_evaluation_keeps_no_result_that_a_cuda_graph_overwrites(flags, model_path, tmp_path, monkeypatch):
+def test_recorded_evaluation_is_the_eager_one(flags, model_path, tmp_path, monkeypatch):
     """A row of bf16 may have one of float32 in between: the margin with κ 0."""
     argv = ["--model-path", model_path, "--attacks", "natural", "fgsm", "pgd", "cw", "pgd-kl", "pgd-ls",
             "--alphas", 0, 1, "--kappas", 50, 0, "--num-images", 12, "--batch-size", 8, "--num-steps", 2,
-            "--cw-steps", 2, "--precision", "fp32", "--compile", "on", "--save-examples", tmp_path / "e.npz",
-            "--save-images", *flags]
+            "--cw-steps", 2, "--precision", "fp32", "--save-examples", tmp_path / "e.npz", "--save-images", *flags]
     found = []
-    for compiler in (lambda function, **_: lambda x: function(x), like_cuda_graphs):
-        monkeypatch.setattr(torch, "compile", compiler)
-        assert eval_attacks.main(list(map(str, argv)))["compile"] == "on"
+    monkeypatch.setattr(torch, "compile", lambda function, **_: lambda *inputs: function(*inputs))
+    for level in ("on", "graphs"):
+        if level == "graphs":
+            recorded = record_on_a_cpu(monkeypatch)
+        assert eval_attacks.main(list(map(str, [*argv, "--compile", level])))["compile"] == level
         with np.load(tmp_path / "e.npz") as file:
             found.append({name: file[name] for name in file})
+    assert len(recorded) >= 1
     assert len(found[0]) == 1 + 3 * 8 and all(np.array_equal(found[1][name], array) for name, array in found[0].items())
     assert np.abs(found[0]["images/FGSM"] - found[0]["images/Natural"]).max() > 0.01
+
+
+@pytest.mark.parametrize("strict", [True, False])
+@pytest.mark.parametrize("fault", ["other values", "no numbers", "error"])
+def test_a_recording_that_is_not_the_function_is_not_used(fault, strict, monkeypatch, capsys):
+    record_on_a_cpu(monkeypatch)
+    model, x = SmallNet(), torch.rand(4, 3, 8, 8)
+    forward = runtime.RecordedPass(model, runtime.plain_pass(model), x)
+    forward.strict = strict
+    if fault == "error":
+        monkeypatch.setattr(runtime.Recording, "__init__", lambda *_: torch.zeros(2).view(3))
+    else:
+        factor = float("nan") if fault == "no numbers" else 1.05
+        monkeypatch.setattr(runtime.Recording, "__call__", lambda self, x: 2 * x * factor)
+    if strict:
+        with pytest.raises(runtime.CompileFailed, match="--compile graphs failed, "):
+            forward.recorded(lambda x: 2 * x)(x)
+    else:
+        assert torch.equal(forward.recorded(lambda x: 2 * x)(x), 2 * x)
+        assert capsys.readouterr().err.startswith("a step could not be recorded, ")
+
+
+def test_a_recording_is_found_again_by_what_it_does(monkeypatch):
+    """Equal functools.partials share one; another α, radius or step does not, nor does another shape have one."""
+    recorded = record_on_a_cpu(monkeypatch)
+    model, x, y = SmallNet().eval().requires_grad_(False), torch.rand(4, 3, 8, 8), torch.tensor([0, 1, 2, 3])
+    forward = runtime.RecordedPass(model, runtime.plain_pass(model), x)
+
+    def attack(alpha=0.1, epsilon=0.1, step_size=0.02, x=x):
+        settings = dict(epsilon=epsilon, step_size=step_size, num_steps=2, random_start="none")
+        found, expected = (attacks.pgd(by, x, y[:len(x)], functools.partial(losses.lsce, alpha=alpha), **settings)
+                           for by in (forward, model))
+        assert torch.equal(found, expected)
+        return len(recorded)
+
+    assert [attack(), attack(), attack(alpha=0.2), attack(), attack(epsilon=0.05), attack(step_size=0.01),
+            attack(x=x[:2])] == [1, 1, 2, 2, 3, 4, 4]
 
 
 def test_cudnn_times_its_algorithms_where_shapes_are_fixed_only(monkeypatch):
@@ -246,25 +274,29 @@ def test_cudnn_times_its_algorithms_where_shapes_are_fixed_only(monkeypatch):
     assert (cudnn.benchmark, cudnn.allow_tf32) == (True, False)
 
 
-@pytest.mark.parametrize("attack, crafted_in", [(["pgd"], True), (["cw", "--kappas", "0"], False)])
-def test_tf32_crafts_and_never_counts(attack, crafted_in, model_path, monkeypatch, capsys):
-    """Nor crafts where one step decides."""
+@pytest.mark.parametrize("attack, flag, crafted_in", [
+    (["pgd"], False, True), (["cw", "--kappas", "0"], False, False), (["square"], False, False),
+    (["square"], True, True)], ids=str)
+def test_tf32_crafts_and_never_counts(attack, flag, crafted_in, model_path, monkeypatch, capsys):
+    """Nor crafts where one step decides; AutoAttack, here its cheapest part, by the flag alone."""
     argv = ["--model-path", str(model_path), "--num-images", "8", "--compile", "off", "--precision", "fp32",
-            "--num-steps", "2", "--cw-steps", "2", "--attacks", *attack]
+            "--num-steps", "2", "--cw-steps", "2", "--attacks", *(["autoattack"] if attack == ["square"] else attack)]
     assert "--tf32: a CPU" in fails_in_one_line(eval_attacks.main, [*argv, "--tf32", "--device", "cpu"], capsys)
     parse, seen = eval_attacks.parse_args, {True: set(), False: set()}
 
     def with_tf32(argv):
         parser, args = parse(argv)
-        args.tf32 = True
+        args.tf32 = flag
         return parser, args
 
     monkeypatch.setattr(eval_attacks, "parse_args", with_tf32)
+    monkeypatch.setattr(attacks, "COMPONENTS", {"apgd-ce": 102})
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
     hook = torch.nn.modules.module.register_module_forward_pre_hook(
         lambda *_: seen[torch.is_grad_enabled()].add(torch.backends.cudnn.allow_tf32))
     try:
-        assert eval_attacks.main(argv)["tf32"] is True
+        row = eval_attacks.main(argv)["attacks"][-1]
     finally:
         hook.remove()
-    assert seen == {True: {crafted_in}, False: {False}}
+    assert seen[True] == {crafted_in} and (row["params"].get("tf32") is True) == flag
+    assert False in seen[False] if flag else seen[False] == {False}  # APGD runs some passes without gradients, too
