@@ -57,12 +57,11 @@ def main(argv=None):
     except (ValueError, FloatingPointError, *runtime.FAULTS) as error:
         parser.error(error)
     try:
-        model, labels = model.to(device), torch.empty(len(images), dtype=torch.long)
+        model = model.to(device)
         with models.frozen(model), tqdm(total=len(images), unit="img", unit_scale=True, dynamic_ncols=True) as bar:
-            for part in torch.arange(len(images)).split(args.batch_size * 16):  # so that few are float at a time
-                logits = eval_attacks.attacked_logits(model, images[part].to(device), labels[part].to(device),
-                                                      batch_size=args.batch_size, progress=bar.update)
-                labels[part] = logits.argmax(1).cpu()
+            logits = eval_attacks.attacked_logits(model, images.to(device), None, batch_size=args.batch_size,
+                                                  progress=bar.update)
+        labels = logits.argmax(1).cpu()
         arrays = {"data": pixels, "extrapolated_targets": labels.numpy()}
         if args.dataset:
             arrays["training_indices"] = np.arange(args.skip, args.skip + len(images))
