@@ -79,7 +79,8 @@ def evaluate(model, test, args, result, device):
                     run_attack(attack, craft_by, images, chosen, args.tf32, bar, finished)
             except BaseException:  # Ctrl-C, say: the components that are finished, which take hours, are a row
                 if finished and world == 1:
-                    name, params = " + ".join(finished).upper(), attack.params | {"components": list(finished)}
+                    params = attack.params | {"components": list(finished)}
+                    name = named(" + ".join(finished).upper(), params, args)
                     row = outcome(name, params, finished[params["components"][-1]], time.perf_counter() - start)
                     result["attacks"].append(row | shares_after(finished))
                     save(args, result)
@@ -213,13 +214,6 @@ class AttackedImages:
         """Return (N,) bool: which are classified correctly; all before the first attack."""
         return self.logits.argmax(1) == self.test.labels
 
-    def examples(self, name):
-        """Return what --save-examples keeps of them after the attack `name`."""
-        kept = {"predictions": self.logits.argmax(1), "margins": losses.margin(self.logits, self.test.labels)}
-        if self.x_adv is not None:
-            kept["images"] = self.x_adv
-        return {f"{what}/{name}": values.cpu().numpy() for what, values in kept.items()}
-
 
 def attacked_logits(model, images, labels, attack=None, batch_size=256, progress=lambda n: None, only=None,
                     examples=None):
@@ -265,19 +259,22 @@ def attack_list(args):
     for epsilon in args.epsilons or [args.epsilon]:
         for flag in ATTACKS[1:]:
             if flag in args.attacks:
-                listed += rows_of(flag, epsilon, args)
-    for i, (name, params) in enumerate(listed):
-        if params and args.epsilons:
-            listed[i] = Attack(f"{name} ε {params['epsilon']}", params)
-        if params and args.pool:
-            params["pool"] = [before.name for before in listed[:i]]
+                for name, params in rows_of(flag, epsilon, args):
+                    if args.pool:
+                        params["pool"] = [before.name for before in listed]
+                    listed.append(Attack(named(name, params, args), params))
     return listed
 
 
+def named(name, params, args):
+    """Return the name of a row: with its radius, where there are several."""
+    return f"{name} ε {params['epsilon']}" if args.epsilons else name
+
+
 def rows_of(flag, epsilon, args):
-    """Yield the Attacks, a row each, of one word of --attacks at one radius."""
+    """Yield (name, parameters) of each row of one word of --attacks at one radius."""
     if flag == "fgsm":
-        yield Attack("FGSM", dict(epsilon=epsilon, objective="ce", step_size=epsilon, num_steps=1, random_start="none"))
+        yield "FGSM", dict(epsilon=epsilon, objective="ce", step_size=epsilon, num_steps=1, random_start="none")
     elif flag in ("apgd", "autoattack"):
         name, components = "AutoAttack", list(attacks.COMPONENTS)
         if flag == "apgd":
@@ -286,7 +283,7 @@ def rows_of(flag, epsilon, args):
                       batch_size=args.batch_size)
         if (world := runtime.rank_and_world()[1]) > 1:
             params["processes"] = world
-        yield Attack(name, params)
+        yield name, params
     elif flag == "cw":
         for kappa in args.kappas:
             name = "CW-inf" if kappa == 50 else f"CW-inf κ {kappa:g}"
@@ -304,7 +301,7 @@ def rows_of(flag, epsilon, args):
 
 
 def pgd_row(name, epsilon, args, **params):
-    """Return the Attack PGD with these parameters and what the flags say of all of its kind."""
+    """Return (name, parameters) of a row of PGD, with these parameters and what the flags say of all of its kind."""
     params = pgd_params(epsilon, random_start=args.random_start, seed=args.seed, **params)
     if args.step_size:
         params["step_size"] = args.step_size
@@ -314,7 +311,7 @@ def pgd_row(name, epsilon, args, **params):
         name, params["any_step"] = f"{name} any step", True
     if args.any_step or params.get("kappa", 50) < 1:
         params["precision"] = "fp32"  # as one step decides: in bf16 it may fall short of float32's boundary
-    return Attack(name, params)
+    return name, params
 
 
 def parse_args(argv=None):
@@ -556,22 +553,25 @@ def save(args, result, images=None):
         return
     write(args.json, result)
     if args.save_examples and images:
-        arrays = images.examples(result["attacks"][-1]["name"])
-        if len(result["attacks"]) == 1:
-            arrays["labels"] = images.test.labels.cpu().numpy()
-        write_npz(args.save_examples, arrays, behind=len(result["attacks"]) > 1)
+        name, first = result["attacks"][-1]["name"], len(result["attacks"]) == 1
+        arrays = {"labels": images.test.labels} if first else {}
+        arrays[f"predictions/{name}"] = images.logits.argmax(1)
+        arrays[f"margins/{name}"] = losses.margin(images.logits, images.test.labels)
+        if images.x_adv is not None:
+            arrays[f"images/{name}"] = images.x_adv
+        write_npz(args.save_examples, arrays, behind=not first)
 
 
-def write_npz(path, arrays, behind):
-    """Write arrays to an .npz file, if `behind` then behind those in it, which are copied and not compressed again."""
+def write_npz(path, tensors, behind):
+    """Write tensors to an .npz file, if `behind` then behind those in it, which are copied and not compressed again."""
     def write_to(file):
         if behind:
             with open(path, "rb") as before:
                 shutil.copyfileobj(before, file)
         with zipfile.ZipFile(file, "a", zipfile.ZIP_DEFLATED) as archive:
-            for name, array in arrays.items():
+            for name, tensor in tensors.items():
                 with archive.open(f"{name}.npy", "w", force_zip64=True) as member:
-                    np.lib.format.write_array(member, array)
+                    np.lib.format.write_array(member, tensor.cpu().numpy())
 
     checkpoints.write_atomically(path, write_to)
 
