@@ -51,10 +51,10 @@ def main(argv=None):
         model, info, test, dataset = eval_attacks.load(args)
         attacks.check_autoattack(info["num_classes"])
         oracle, oracle_info = load_oracle(args.oracle, device, info, dataset) if args.oracle else (None, None)
-        eval_attacks.say_notes(model, info, device, test.images[:200], test.labels[:200])
+        eval_attacks.say_notes(model, info, device, test.images, test.labels)
         if oracle:
-            eval_attacks.say_notes(oracle, oracle_info, device, test.images[:200], test.labels[:200])
-    except (ValueError, FloatingPointError, *runtime.FAULTS) as error:
+            eval_attacks.say_notes(oracle, oracle_info, device, test.images, test.labels)
+    except (ValueError, ArithmeticError, *runtime.FAULTS) as error:
         parser.error(error)
     test = test.subset(slice(args.num_images or 256))
     try:
@@ -93,7 +93,7 @@ def audit(source, oracle, result):
             bar.set_description(name)
             masks, fine = check(source)
             numbers = {what: share(mask) for what, mask in masks.items()}
-            words = f"{heading} " + ", ".join(f"{what} {value:.1%}" for what, value in numbers.items())
+            words = f"{heading}: " + ", ".join(f"{what} {value:.1%}" for what, value in numbers.items())
             result["checks"].append({"name": name, "fine": bool(fine), "numbers": numbers, "words": words})
             bar.write(f"{'ok  ' if fine else 'FLAG'} {name}: {words}")
             eval_attacks.write(source.args.json, result)
@@ -223,16 +223,16 @@ def check_autoattack(source):
 
 
 CHECKS = {  # name: (the check, what its numbers are, what it means where it speaks up)
-    "gradients": (check_gradients, "input gradients that are", "sign attacks stand still there"),
-    "order": (check_order, "accuracy under", "a weaker attack does better than a stronger one: the gradient misleads"),
-    "radius": (check_radius, "accuracy under PGD-40 at ε",
+    "gradients": (check_gradients, "input gradients", "sign attacks stand still there"),
+    "order": (check_order, "accuracy", "a weaker attack does better than a stronger one: the gradient misleads"),
+    "radius": (check_radius, "accuracy under PGD-40 by ε",
                "PGD fails where success is certain: its number at the usual radius says nothing"),
-    "steps": (check_steps, "accuracy by PGD's steps", "more steps raise the accuracy: the gradient misleads"),
-    "restarts": (check_restarts, "accuracy by PGD-20's restarts",
+    "steps": (check_steps, "accuracy under PGD by steps", "more steps raise the accuracy: the gradient misleads"),
+    "restarts": (check_restarts, "accuracy under PGD-20 by restarts",
                  "success depends on the start: the loss is rugged, one run is too few"),
-    "gradient-free": (check_square, "accuracy under",
+    "gradient-free": (check_square, "accuracy",
                       "a gradient-free attack beats the gradient attacks: the gradient is masked"),
-    "stronger": (check_autoattack, "accuracy under", "PGD-20 flatters this model: quote the stronger attack"),
+    "stronger": (check_autoattack, "accuracy", "PGD-20 flatters this model: quote the stronger attack"),
 }
 
 

@@ -228,20 +228,24 @@ def attacked_logits(model, images, labels, attack=None, batch_size=256, progress
     """
     n, logits, (rank, world) = len(images), None, runtime.rank_and_world()
     batch_size = min(batch_size, -(-n // world))
-    only = torch.arange(n) if only is None else only.cpu()  # all at once: each time would wait for the GPU
-    for batch in only[rank::world].split(batch_size):
-        # filled up with images that are not counted, as another size would be compiled anew
-        indices = torch.cat([batch, only.repeat(-(-batch_size // len(only)))])[:batch_size]
+    only = torch.arange(n, device=images.device) if only is None else only
+    mine = only[rank::world]
+    # the last batch is filled up with images that are not counted, as another size would be compiled anew
+    total = max(1, -(-len(mine) // batch_size)) * batch_size
+    filled = torch.cat([mine, only.repeat(-(-total // len(only)))])[:total]
+    # to the CPU all at once: batch by batch it would wait for the GPU each time
+    parts = (indices.split(batch_size) for indices in (mine, filled, filled.cpu()))
+    for counted, indices, positions in zip(*parts, strict=True):
         x = data.to_float(images[indices])
         if attack is not None:
-            x = attack(x, labels[indices], indices)
+            x = attack(x, labels[indices], positions)
         with torch.no_grad():
             out = model(x).float()
         logits = out.new_zeros(n, out.shape[1]) if logits is None else logits
-        logits[batch] = out[:len(batch)]
+        logits[counted] = out[:len(counted)]
         if examples is not None:
-            examples[batch] = x[:len(batch)]
-        progress(len(batch))
+            examples[counted] = x[:len(counted)]
+        progress(len(counted))
     if examples is not None:
         runtime.sum_over_processes(examples)
     logits = runtime.sum_over_processes(logits)
@@ -422,10 +426,10 @@ def load(args):
 
 def say_notes(model, info, device, images, labels):
     """Print, to stderr, what the model's file left open. Where that is the normalisation, note first which of the usual
-    ones does better than none, and than those before it, by three standard errors, on images (N, C, H, W) uint8 with
-    labels (N,). labels may be None. A few hundred images do not tell CIFAR-10's two apart."""
+    ones does better than none, and than those before it, by three standard errors, on the first 200 of the images
+    (N, C, H, W) uint8 with labels (N,), or None. So few do not tell CIFAR-10's two apart."""
     if checkpoints.ASSUMED in info["notes"] and labels is not None:
-        model, images, labels = model.to(device), images.to(device), labels.to(device)
+        model, images, labels = model.to(device), images[:200].to(device), labels[:200].to(device)
         best = plain = attacked_logits(model, images, labels).argmax(1) == labels
         for flag in USUAL_NORMALISATIONS:
             normalised = models.Normalised(model, *map(runtime.three_numbers, flag.split())).to(device)
@@ -602,7 +606,7 @@ def main(argv=None):
             model, info, test, dataset = load(args)
             if {"apgd", "autoattack"} & set(args.attacks):
                 attacks.check_autoattack(info["num_classes"])
-            say_notes(model, info, device, test.images[:200], test.labels[:200])
+            say_notes(model, info, device, test.images, test.labels)
         except (ValueError, ArithmeticError, *runtime.FAULTS) as error:
             parser.error(error)
         test = test.subset(slice(args.num_images))

@@ -40,20 +40,18 @@ def parse_args(argv=None):
 
 def main(argv=None):
     parser, args = parse_args(argv)
-    output = pathlib.Path(args.output)
+    output, source = pathlib.Path(args.output), args.images or args.dataset
     try:
-        if output.exists():
-            raise ValueError(f"--output {output} exists already")
-        if output.suffix != ".npz":
-            raise ValueError(f"--output {output} must end in .npz")
+        if output.exists() or output.suffix != ".npz":
+            raise ValueError(f"--output {output} must end in .npz and not exist yet")
         runtime.check_output("--output", output)
         device = runtime.pick_device(args.device)
         model, info = checkpoints.load_model(args.model_path, arch=args.arch, normalize=args.normalize,
                                              weights=args.weights)
         pixels, true = training_images(args) if args.dataset else (read_images(pathlib.Path(args.images)), None)
-        images = data.as_images(args.images or args.dataset, {"data": pixels})
-        data.check_size(images, args.images or args.dataset, info)
-        eval_attacks.say_notes(model, info, device, images[:200], None if true is None else true[:200])
+        images = data.as_images(source, {"data": pixels})
+        data.check_size(images, source, info)
+        eval_attacks.say_notes(model, info, device, images, true)
     except (ValueError, FloatingPointError, *runtime.FAULTS) as error:
         parser.error(error)
     try:

@@ -131,10 +131,10 @@ MUTANTS = {  # name: (snippet, replacement, *the tests that must fail)
         "data.load(dataset, args.data_dir, train=False)", "data.load(dataset, args.data_dir)",
         "test_eval.py::test_accuracies_equal_a_loop_written_out"),
     "the last batch is counted in full": (
-        "progress(len(batch))", "progress(batch_size)",
+        "progress(len(counted))", "progress(batch_size)",
         "test_eval.py::test_attacked_logits_do_not_depend_on_the_batch_size[4]"),
     "an image's start is that of its place in the batch": (
-        "attack(x, labels[indices], indices)", "attack(x, labels[indices], torch.arange(len(x)))",
+        "attack(x, labels[indices], positions)", "attack(x, labels[indices], torch.arange(len(x)))",
         "test_eval.py::test_attacked_logits_do_not_depend_on_the_batch_size[4]"),
     "every restart draws the same start": (
         "functools.partial(craft, restart=restart)", "craft",

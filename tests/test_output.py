@@ -187,6 +187,7 @@ def test_another_radius_than_the_trainings_is_said(model_path, tmp_path, capsys)
         if words is None:
             capsys.readouterr()
             fails_in_one_line(eval_attacks.main, ["--model-path", tmp_path / "m.pt", "--attacks", "fgsm"], capsys)
+            fails_in_one_line(audit.main, ["--model-path", tmp_path / "m.pt"], capsys)
         else:
             assert natural(tmp_path / "m.pt", "--attacks", "fgsm")[1]["notes"] == words
 
