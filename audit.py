@@ -35,14 +35,11 @@ def parse_args(argv=None):
     parser = runtime.Parser(prog="audit.py", description=__doc__)
     eval_attacks.add_model_flags(parser, images="256, or all if there are fewer")
     add = parser.add_argument_group("checks").add_argument
-    add("--epsilon", type=runtime.ratio, metavar="E", help="radius of the L-inf ball (default: "
-        f"{data.EPSILON['cifar10']}; digits: {data.EPSILON['digits']})")
     add("--square-queries", type=runtime.positive_int, default=1000, metavar="N", help="queries of Square")
     add("--autoattack", action="store_true", help="run all of AutoAttack, not APGD-CE and APGD-T only, a third of it")
     add("--oracle", metavar="FILE", help="let this other robust model, of images in [0, 1], judge what is preserved")
     add("--alphas", nargs="+", type=runtime.unit_float, metavar="A", default=[0.0, 0.1, 0.2, 0.4, 0.6, 0.8, 1.0],
         help="let --oracle judge PGD-LS with each α")
-    add("--seed", type=runtime.natural_int, default=0, help="seed of the random starts")
     eval_attacks.add_machine_flags(parser)
     return parser, parser.parse_args(argv)
 
@@ -54,24 +51,21 @@ def main(argv=None):
         model, info, test, dataset = eval_attacks.load(args)
         attacks.check_autoattack(info["num_classes"])
         oracle, oracle_info = load_oracle(args.oracle, device, info, dataset) if args.oracle else (None, None)
-        eval_attacks.say_notes(model, info, device, test.images[:200], test.labels[:200])
+        eval_attacks.say_notes(model, info, device, test.images, test.labels)
         if oracle:
-            eval_attacks.say_notes(oracle, oracle_info, device, test.images[:200], test.labels[:200])
-    except (ValueError, FloatingPointError, *runtime.FAULTS) as error:
+            eval_attacks.say_notes(oracle, oracle_info, device, test.images, test.labels)
+    except (ValueError, ArithmeticError, *runtime.FAULTS) as error:
         parser.error(error)
     test = test.subset(slice(args.num_images or 256))
-    args.epsilon = args.epsilon or data.EPSILON.get(dataset, "8/255")
     try:
         model, test = model.to(device), test.to(device)
         x = data.to_float(test.images[:args.batch_size])
         passes = sum(STEPS) + 60 * RESTARTS
         if oracle:
             passes += 200 * len(args.alphas)
-        forward = runtime.forward_pass(args, model, x, -(-passes * len(test.labels) // len(x)))
-        result = {"model": eval_attacks.describe(info, dataset), "n": len(test.labels), "epsilon": args.epsilon,
-                  "seed": args.seed, "device": eval_attacks.device_name(device), "precision": args.precision,
-                  "torch": torch.__version__, "complete": False, "checks": [],
-                  "command": eval_attacks.command(parser.prog, argv)}
+        forward = runtime.forward_pass(args, model, x, -(-passes * len(test.labels) // len(x)), evaluates=True)
+        result = eval_attacks.new_result(parser.prog, argv, args, info, dataset, test, device)
+        result |= {"seed": args.seed, "checks": []}
         if oracle:
             result["oracle"] = eval_attacks.describe(oracle_info, dataset)
         audit(Source(model, forward, test, args), oracle, result)
@@ -95,19 +89,23 @@ def load_oracle(path, device, info, dataset):
 def audit(source, oracle, result):
     """Run the checks, and let the oracle judge; put all into `result`, on the screen and into the JSON."""
     with models.frozen(source.model), tqdm(CHECKS.items(), unit="check", dynamic_ncols=True) as bar:
-        for name, (check, _) in bar:
+        for name, (check, heading, _) in bar:
             bar.set_description(name)
-            masks, fine, words = check(source)
+            masks, fine = check(source)
             numbers = {what: share(mask) for what, mask in masks.items()}
+            words = f"{heading}: " + ", ".join(f"{what} {value:.1%}" for what, value in numbers.items())
             result["checks"].append({"name": name, "fine": bool(fine), "numbers": numbers, "words": words})
             bar.write(f"{'ok  ' if fine else 'FLAG'} {name}: {words}")
             eval_attacks.write(source.args.json, result)
         result["verdict"] = verdict(result["checks"])
         bar.write("\n".join(result["verdict"]))
         if oracle:
+            result["semantics"] = []
             with models.frozen(oracle):
-                result["semantics"] = semantics(source, oracle)
-            bar.write("\n".join(map(in_one_line, result["semantics"])))
+                for row in semantics(source, oracle):
+                    result["semantics"].append(row)
+                    bar.write(in_one_line(row))
+                    eval_attacks.write(source.args.json, result)
     result["complete"] = True
     eval_attacks.write(source.args.json, result)
 
@@ -116,7 +114,7 @@ def verdict(checks):
     """Return what the checks mean for the reported accuracy, as lines."""
     at_epsilon = [check["numbers"] for check in checks if check["name"] not in ("gradients", "radius")]
     lowest = min(accuracy for numbers in at_epsilon for accuracy in numbers.values())
-    flagged = [f"{check['name']}: {CHECKS[check['name']][1]}" for check in checks if not check["fine"]]
+    flagged = [f"{check['name']}: {CHECKS[check['name']][2]}" for check in checks if not check["fine"]]
     last = (f"Nothing here points to gradient masking. The lowest accuracy found is {lowest:.1%}: an upper bound, as "
             "every attack gives.")
     if flagged:
@@ -143,11 +141,9 @@ class Source:
 
     def pgd(self, objective="ce", epsilon=None, num_steps=20, restart=0, alpha=0.0):
         """Return the attack PGD as eval_attacks.py runs it: from a uniform start, in steps of ε/10."""
-        epsilon = epsilon or self.args.epsilon
-        attack = eval_attacks.make_attack(self.forward, {
-            "objective": objective, "epsilon": epsilon, "step_size": str(Fraction(epsilon) / 10),
-            "num_steps": num_steps, "random_start": "uniform", "seed": self.args.seed, "alpha": alpha})
-        return functools.partial(attack, restart=restart)
+        params = eval_attacks.pgd_params(epsilon or self.args.epsilon, objective=objective, num_steps=num_steps,
+                                         seed=self.args.seed, alpha=alpha)
+        return functools.partial(eval_attacks.make_attack(self.forward, params), restart=restart)
 
     def right_after_pgd(self, objective="ce", epsilon=None, num_steps=20, restart=0):
         """Return self.right(self.pgd(...)), which runs once, although several checks ask for it."""
@@ -157,7 +153,7 @@ class Source:
         return self.found[key]
 
 
-# The checks. Each returns {name: (n,) bool}, whether that is as it should be, and a sentence. ------------------------
+# The checks. Each returns {name: (n,) bool} and whether that is as it should be. --------------------------------------
 
 
 def check_gradients(source):
@@ -167,8 +163,7 @@ def check_gradients(source):
         gradient = attacks.input_gradient(source.model, x, y, losses.cross_entropy).flatten(1)
         bad.append((gradient == 0).all(1) | ~gradient.isfinite().all(1))
     bad = torch.cat(bad)
-    return {"zero or non-finite": bad}, share(bad) <= TOLERANCE, (
-        f"{share(bad):.1%} of the images have a zero or non-finite input gradient")
+    return {"zero or non-finite": bad}, share(bad) <= TOLERANCE
 
 
 def check_order(source):
@@ -179,34 +174,28 @@ def check_order(source):
 
     fgsm = source.right(lambda x, y, indices: attacks.fgsm(source.forward, x, y, epsilon=source.epsilon))
     attacked = {"noise": source.right(noise), "FGSM": fgsm, "PGD-20": source.right_after_pgd()}
-    masks = {"natural": source.right()} | attacked
-    return masks, never_raised(attacked), in_words(masks)
+    return {"natural": source.right()} | attacked, never_raised(attacked)
 
 
 def check_radius(source):
     """Check that accuracy falls to 0 within 0.5 of an image: plain grey lies there, which has no class."""
     radii = {min(times * Fraction(source.args.epsilon), Fraction(1, 2)) for times in (1, 2, 4)} | {Fraction(1, 2)}
     masks = {str(radius): source.right_after_pgd(epsilon=str(radius), num_steps=40) for radius in sorted(radii)}
-    named = {f"ε {float(Fraction(radius)):.3f}": mask for radius, mask in masks.items()}
-    fine = share(masks["1/2"]) <= TOLERANCE and never_raised(masks)
-    return masks, fine, f"accuracy under PGD-40 at {in_words(named)}"
+    return masks, share(masks["1/2"]) <= TOLERANCE and never_raised(masks)
 
 
 def check_steps(source):
     """Check that more steps never raise the accuracy."""
     masks = {str(steps): source.right_after_pgd(num_steps=steps) for steps in STEPS}
-    named = {f"{steps} steps": mask for steps, mask in masks.items()}
-    return masks, never_raised(masks), f"accuracy under PGD with {in_words(named)}"
+    return masks, never_raised(masks)
 
 
 def check_restarts(source):
     """Check that restarts lower the accuracy little."""
     masks = torch.stack([source.right_after_pgd(restart=restart) for restart in range(RESTARTS)])
     after = {str(count): masks[:count].all(0) for count in range(1, RESTARTS + 1)}
-    one, every = after["1"], after[str(RESTARTS)]
-    gain = compare.paired_difference(every.numpy(), one.numpy())
-    return after, gain["interval"][0] <= RESTART_GAIN, (
-        f"PGD-20 {share(one):.1%}, with {RESTARTS} restarts {share(every):.1%}")
+    gain = compare.paired_difference(after[str(RESTARTS)].numpy(), after["1"].numpy())
+    return after, gain["interval"][0] <= RESTART_GAIN
 
 
 def check_square(source):
@@ -217,10 +206,8 @@ def check_square(source):
                        for x, y in source.batches])
     square = source.right(lambda x, y, indices: x_adv[indices])
     ce, cw = source.right_after_pgd("ce", num_steps=100), source.right_after_pgd("cw", num_steps=100)
-    masks = {"Square": square, "PGD-100": ce, "CW-100": cw, "both": ce & cw}
-    return masks, never_raised({"Square": square, "both": ce & cw}), (
-        f"Square with {queries} queries{in_words(masks).removeprefix('Square')}; "
-        f"{share(ce & cw & ~square):.1%} fall to Square alone")
+    masks = {"Square": square, "PGD-100": ce, "CW-100": cw, "both": ce & cw, "all three": ce & cw & square}
+    return masks, never_raised({"Square": square, "both": ce & cw})
 
 
 def check_autoattack(source):
@@ -232,27 +219,25 @@ def check_autoattack(source):
     x_adv = attacks.autoattack(model, x, y, epsilon=source.epsilon, batch_size=source.args.batch_size,
                                seed=source.args.seed, components=components)
     masks = {"PGD-20": source.right_after_pgd(), name: source.right(lambda x, y, indices: x_adv[indices])}
-    gap = share(masks["PGD-20"]) - share(masks[name])
-    return masks, gap <= WIDE_GAP, f"{in_words(masks)}: {100 * gap:.1f} points lower"
+    return masks, share(masks["PGD-20"]) - share(masks[name]) <= WIDE_GAP
 
 
-CHECKS = {  # and what it means where a check speaks up
-    "gradients": (check_gradients, "sign attacks stand still there"),
-    "order": (check_order, "a weaker attack does better than a stronger one: the gradient misleads"),
-    "radius": (check_radius, "PGD fails where success is certain: its number at the usual radius says nothing"),
-    "steps": (check_steps, "more steps raise the accuracy: the gradient misleads"),
-    "restarts": (check_restarts, "success depends on the start: the loss is rugged, one run is too few"),
-    "gradient-free": (check_square, "a gradient-free attack beats the gradient attacks: the gradient is masked"),
-    "stronger": (check_autoattack, "PGD-20 flatters this model: quote the stronger attack"),
+CHECKS = {  # name: (the check, what its numbers are, what it means where it speaks up)
+    "gradients": (check_gradients, "input gradients", "sign attacks stand still there"),
+    "order": (check_order, "accuracy", "a weaker attack does better than a stronger one: the gradient misleads"),
+    "radius": (check_radius, "accuracy under PGD-40 by ε",
+               "PGD fails where success is certain: its number at the usual radius says nothing"),
+    "steps": (check_steps, "accuracy under PGD by steps", "more steps raise the accuracy: the gradient misleads"),
+    "restarts": (check_restarts, "accuracy under PGD-20 by restarts",
+                 "success depends on the start: the loss is rugged, one run is too few"),
+    "gradient-free": (check_square, "accuracy",
+                      "a gradient-free attack beats the gradient attacks: the gradient is masked"),
+    "stronger": (check_autoattack, "accuracy", "PGD-20 flatters this model: quote the stronger attack"),
 }
 
 
 def share(mask):
     return mask.float().mean().item()
-
-
-def in_words(masks):
-    return ", ".join(f"{name} {share(mask):.1%}" for name, mask in masks.items())
 
 
 def never_raised(masks):
@@ -267,10 +252,11 @@ def never_raised(masks):
 
 
 def semantics(source, oracle):
-    """Return a row for the natural images, PGD-CE, PGD-KL and each α of PGD-LS. A weaker attack preserves more,
+    """Yield a row for the natural images, PGD-CE, PGD-KL and each α of PGD-LS. A weaker attack preserves more,
     trivially. So each one but PGD-CE is followed by PGD-CE at the smaller radius that has the same success on the
     source; what it preserves beyond that is oracle_over_equal_ce, a paired difference."""
-    rows = [judged(source, oracle, "Natural", None)[0], judged(source, oracle, "PGD-CE", source.pgd())[0]]
+    yield judged(source, oracle, "Natural", None)[0]
+    yield judged(source, oracle, "PGD-CE", source.pgd())[0]
     weaker = [("PGD-KL", source.pgd("kl"))]
     weaker += [(f"PGD-LS {alpha:g}", source.pgd("lsce", alpha=alpha)) for alpha in source.args.alphas]
     for name, attack in tqdm(weaker, unit="attack", dynamic_ncols=True):
@@ -279,8 +265,8 @@ def semantics(source, oracle):
         name = f"  PGD-CE as strong as {name}" if found else f"  PGD-CE at ε, weaker than {name}"
         equal, agrees_equal = judged(source, oracle, name, source.pgd(epsilon=str(radius)), float(radius))
         row["oracle_over_equal_ce"] = compare.paired_difference(agrees_equal, agrees)
-        rows += [row, equal]
-    return rows
+        yield row
+        yield equal
 
 
 def judged(source, oracle, name, attack, epsilon=None):

@@ -29,7 +29,7 @@ def write_atomically(path, write):
     path = pathlib.Path(path).resolve()  # what a link leads to, and not the link, is replaced
     temporary = path.with_name(f".{path.name}.tmp")
     try:
-        with open(temporary, "wb") as file:
+        with open(temporary, "w+b") as file:
             if callable(write):
                 write(file)
             else:
@@ -258,6 +258,8 @@ def _normalisation(state, content, prefix, stated, notes):
         notes.append(ASSUMED)
     if stated and min(stated[1]) <= 0:
         raise ValueError("--normalize: a standard deviation must be above 0")
+    if stated and max(*stated[0], *stated[1]) > 1:
+        raise ValueError("--normalize: values above 1: in units of 255? They are to be those of images in [0, 1]")
     if found and stated:
         raise ValueError(f"--normalize: the file holds its own, {found[0]} and {found[1]}")
     if own and stated:

@@ -44,9 +44,6 @@ class Dataset(NamedTuple):
     def subset(self, indices):
         return self._replace(images=self.images[indices], labels=self.labels[indices])
 
-    def first_classes(self, k):
-        return self.subset(self.labels < k)._replace(classes=self.classes[:k])
-
 
 def load(name, data_dir="data", train=True):
     """Load the training or the test part of a data set: "cifar10" or "cifar100" (downloaded into data_dir if need be),
@@ -60,7 +57,8 @@ def load(name, data_dir="data", train=True):
     if name == "digits":
         return _digits(train)
     if first := re.fullmatch(r"(cifar100?)-first([2-9]|[1-9]\d)", name):
-        return load(first[1], data_dir, train).first_classes(int(first[2]))
+        whole, k = load(first[1], data_dir, train), int(first[2])
+        return whole.subset(whole.labels < k)._replace(classes=whole.classes[:k])
     if not pathlib.Path(name).is_dir():
         raise ValueError(f"unknown data set {name!r}: neither {', '.join(NAMED)} nor a folder")
     return _image_folder(pathlib.Path(name), train)
@@ -211,13 +209,12 @@ def _image_folder(path, train):
             if not found:
                 raise ValueError(f"Found no valid file for the classes {name} in {part}")
             files, labels, others = files + found, labels + [classes.index(name)] * len(found), others + left_out
-        in_test = _files_below(path / "test" / classes[0])[0]
+        one_of_test = _files_below(path / "test" / classes[0])[0][:1] if train else []  # must be as large as the others
     except (OSError, ValueError) as error:
         raise ValueError(f"{path}: {_one_line(error)}") from None
     if others:
         _say(f"{len(others)} files below {part} are not read, as {others[0]}: only {', '.join(IMAGE_SUFFIXES)} are")
-    images = read_image_files(files)
-    read_image_files([files[0], *in_test[:1]])
+    images = read_image_files(files + one_of_test)
     order = permutation(len(files), _SPLIT).numpy()
     return _dataset(images[order], np.asarray(labels)[order].tolist(), classes)
 
@@ -269,12 +266,19 @@ def as_images(path, arrays):
     return images if images.shape[1] == 3 else images.permute(0, 3, 1, 2)
 
 
+def _images_with(path, arrays, name):
+    """Return a file's images as as_images does, and its array of that name. Raise ValueError unless that is an integer
+    for each image."""
+    images, array = as_images(path, arrays), arrays[name]
+    if array.dtype.kind not in "iu" or array.shape != (len(images),):
+        raise ValueError(f"{path}: `{name}` is {array.dtype} {array.shape}, not {len(images)} integers")
+    return images, array
+
+
 def pseudo_labelled(path, arrays, like):
     """Return the data set `like` with a file's `data` and `extrapolated_targets` (RST's names) as its aux. Raise
     ValueError if they do not fit it. arrays: what the file at `path` holds."""
-    images, labels = as_images(path, arrays), arrays["extrapolated_targets"]
-    if labels.dtype.kind not in "iu" or labels.shape != (len(images),):
-        raise ValueError(f"{path}: `extrapolated_targets` is {labels.dtype} {labels.shape}, not {len(images)} integers")
+    images, labels = _images_with(path, arrays, "extrapolated_targets")
     if labels.min() < 0 or labels.max() >= len(like.classes):
         raise ValueError(f"{path}: labels from {labels.min()} to {labels.max()}, not 0 to {len(like.classes) - 1}")
     if images.shape[1:] != like.images.shape[1:]:
@@ -287,9 +291,7 @@ def check_leak(path, arrays, dataset, val_size):
     that pseudo_label.py writes down. Where the pixels differ, the file is of another data set."""
     if "training_indices" not in arrays:
         return
-    images, places = as_images(path, arrays), arrays["training_indices"]
-    if places.dtype.kind not in "iu" or places.shape != (len(images),):
-        raise ValueError(f"{path}: `training_indices` is {places.dtype} {places.shape}, not {len(images)} integers")
+    images, places = _images_with(path, arrays, "training_indices")
     held_out = np.isin(places, permutation(len(dataset.labels), _SPLIT)[:val_size].numpy())
     theirs = dataset.images[torch.from_numpy(places[held_out].astype(np.int64))]
     same = (images[torch.from_numpy(held_out)] == theirs).flatten(1).all(1).sum().item()
@@ -303,7 +305,8 @@ def split(dataset, val_size, limit=None):
     in their order, and the first `limit` of them are kept. Raise ValueError if too few are left."""
     n = len(dataset.labels)
     if n - val_size < (limit or 1):
-        raise ValueError(f"{n} training images are too few to hold out {val_size} and train on {limit or 1}")
+        raise ValueError(f"--val-size {val_size}: {n} training images are too few to hold out so many and train on "
+                         f"{limit or 1}")
     order = permutation(n, _SPLIT)
     kept = order[val_size:].sort().values[:limit]
     return dataset.subset(kept), dataset.subset(order[:val_size])

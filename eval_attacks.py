@@ -13,13 +13,16 @@ import json
 import pathlib
 import platform
 import shlex
+import shutil
 import sys
 import time
+import zipfile
 from fractions import Fraction
 from typing import NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from tqdm import tqdm
 
 import attacks
@@ -60,37 +63,46 @@ def evaluate(model, test, args, result, device):
     todo, model, test = attack_list(args), model.to(device), test.to(device)
     forward, forward_fp32 = crafting_passes(args, model, test, todo)
     result.update(precision=args.precision, tf32=device.type == "cuda", compile=args.compile)
-    images = AttackedImages(model, test, args.batch_size, args.compile != "off", args.save_images)
-    natural, examples = None, {"labels": test.labels.cpu().numpy()}
-    images_each, passes_done = -(-len(test.labels) // runtime.rank_and_world()[1]), 0
+    images = AttackedImages(model, test, args)
+    rank, world = runtime.rank_and_world()
+    images_each, passes_done, natural = -(-len(test.labels) // world), 0, None
     bar = tqdm(total=sum(attack.passes for attack in todo) * images_each, unit="pass", unit_scale=True,
-               dynamic_ncols=True, disable=runtime.rank_and_world()[0] > 0)
+               dynamic_ncols=True, disable=rank > 0)
     with models.frozen(model), bar:
         for attack in todo:
-            start = time.perf_counter()
+            start, finished = time.perf_counter(), {}  # the latter: of AutoAttack {component: who stands after it}
             bar.set_description(attack.name)
             chosen = images.right() if args.pool else torch.ones_like(test.labels, dtype=torch.bool)
             craft_by = forward_fp32 if "precision" in attack.params else forward
-            extra = run_attack(attack, craft_by, images, chosen, bar) if chosen.any() else {}
+            try:
+                if chosen.any():
+                    run_attack(attack, craft_by, images, chosen, bar, finished)
+            except BaseException:  # Ctrl-C, say: the components that are finished, which take hours, are a row
+                if finished and world == 1:
+                    params = attack.params | {"components": list(finished)}
+                    name = named(" + ".join(finished).upper(), params, args)
+                    row = outcome(name, params, finished[params["components"][-1]], time.perf_counter() - start)
+                    result["attacks"].append(row | shares_after(finished))
+                    save(args, result)
+                raise
+            row = outcome(attack.name, attack.params, images.right(), time.perf_counter() - start)
+            row |= shares_after(finished)
             if not attack.params:
                 natural = images.logits
             elif natural is not None and not args.pool:
-                extra.update(spat_shares(natural, images.logits, test.labels, attack.params.get("alpha")))
-            row = outcome(attack.name, attack.params, images.right().cpu(), time.perf_counter() - start) | extra
+                row |= spat_shares(natural, images.logits, test.labels, attack.params.get("alpha"))
             result["attacks"].append(row)
             passes_done += attack.passes * images_each
             bar.update(passes_done - bar.n)  # what was skipped, as images fell before
             bar.set_postfix_str(f"{attack.name} {row['accuracy']:.1%}, {row['n'] / max(row['seconds'], .01):.0f} img/s")
-            if not attack.params and row["accuracy"] <= 1 / len(test.classes) + 0.05 and not bar.disable:
+            if not attack.params and row["accuracy"] <= 1 / len(test.classes) + 0.05 and rank == 0:
                 bar.write(f"warning: {row['accuracy']:.1%} natural accuracy is near chance: probably wrong "
                           "preprocessing (--normalize), or the labels are in another order", file=sys.stderr)
-            if args.save_examples:
-                examples.update(images.examples(attack.name))
-            save(args, result, examples)
+            save(args, result, images)
     if sum(bool(attack.params) for attack in todo) > 1 and not args.epsilons:
         result["attacks"].append(worst_case(result["attacks"]))
     result["complete"] = True
-    save(args, result, examples)
+    save(args, result)
 
 
 def crafting_passes(args, model, test, todo):
@@ -106,9 +118,9 @@ def crafting_passes(args, model, test, todo):
     return forward, forward
 
 
-def run_attack(attack, forward, images, chosen, bar):
+def run_attack(attack, forward, images, chosen, bar, finished):
     """Attack the images of the mask `chosen` for one row, by the callable `forward`; of several restarts each those
-    that the ones before left standing. Returns extra entries of the row."""
+    that the ones before left standing. finished: see official_attack."""
     if "components" in attack.params:
         crafting = runtime.tf32_convolutions("tf32" in attack.params)
     else:
@@ -116,15 +128,19 @@ def run_attack(attack, forward, images, chosen, bar):
     if not attack.params:
         images.attack(None, chosen, bar.update)
     elif "components" in attack.params:
-        look_up, after = crafting(official_attack)(images.model, images.test, chosen, attack.params, bar)
-        images.attack(look_up, chosen, bar.update)
-        return {"after": after}
+        x_adv = crafting(official_attack)(images.model, images.test, chosen, attack.params, bar, finished)
+        images.attack(lambda x, y, indices: x_adv[indices], chosen, bar.update)
     else:
         craft, passes = crafting(make_attack(forward, attack.params)), 1 + attack.params["num_steps"]
         for restart in range(attack.params.get("restarts", 1)):
             images.attack(functools.partial(craft, restart=restart), chosen, lambda n: bar.update(n * passes))
             chosen = chosen & images.right()
-    return {}
+
+
+def pgd_params(epsilon, **others):
+    """Return the parameters of PGD-20 as they go into the JSON, with these others besides or instead."""
+    return dict(objective="ce", epsilon=epsilon, step_size=str(Fraction(epsilon) / 10), num_steps=20,
+                random_start="uniform", seed=0) | others
 
 
 def make_attack(forward, params):
@@ -152,10 +168,10 @@ def make_attack(forward, params):
     return attack
 
 
-def official_attack(model, test, chosen, params, bar):
-    """Run pyautoattack, in float32, on the images of the mask `chosen`. Returns (a function (x, y, indices) -> x_adv
-    that looks its results up, {component: the share of all images that stand after it})."""
-    (rank, world), x_adv, after = runtime.rank_and_world(), data.to_float(test.images), {}
+def official_attack(model, test, chosen, params, bar, finished):
+    """Run pyautoattack, in float32, on the images of the mask `chosen`, and return all images as it leaves them. The
+    dict `finished` receives, under the name of each component, which images stand after it, (N,) bool."""
+    (rank, world), x_adv = runtime.rank_and_world(), data.to_float(test.images)
     mine = chosen.nonzero()[:, 0][rank::world]
 
     def logits(x):
@@ -163,52 +179,41 @@ def official_attack(model, test, chosen, params, bar):
         return attacks.for_autoattack(model)(x)
 
     def note(component, robust):
-        after[component] = robust.sum()
+        finished[component] = torch.zeros_like(chosen).index_copy(0, mine, robust)
         bar.set_postfix_str(f"{robust.float().mean():.1%} stand after {component}")
 
     x_adv[mine] = attacks.autoattack(
         logits, x_adv[mine], test.labels[mine], epsilon=float(Fraction(params["epsilon"])), seed=params["seed"],
         batch_size=params["batch_size"], components=params["components"], on_component=note)
-    after = {name: runtime.sum_over_processes(count).item() / len(test.labels) for name, count in after.items()}
-    return (lambda x, y, indices: x_adv[indices]), after
+    return x_adv
 
 
 class AttackedImages:
-    """The test images as the attacks leave them: of each the logits of its latest version and, with keep, that version.
-    model scores, in float32 and frozen. compiled: whether what crafts was compiled for batches of batch_size."""
+    """The test images as the attacks leave them: of each the logits of its latest version and, with --save-images, that
+    version. model scores, in float32 and frozen."""
 
-    def __init__(self, model, test, batch_size, compiled, keep=False):
-        self.model, self.test, self.batch_size, self.compiled = model, test, batch_size, compiled
-        self.logits = None
-        self.x_adv = data.to_float(test.images) if keep else None
+    def __init__(self, model, test, args):
+        self.model, self.test, self.batch_size, self.compiled = model, test, args.batch_size, args.compile != "off"
+        self.logits = F.one_hot(test.labels, len(test.classes)).float()  # right, before the first attack
+        self.x_adv = data.to_float(test.images) if args.save_images else None
 
     def attack(self, attack, chosen, progress):
         """Attack the images of the mask `chosen`, from their natural version; for attack see attacked_logits."""
-        positions = chosen.nonzero()[:, 0]
+        positions, batch_size = chosen.nonzero()[:, 0], self.batch_size
         if len(positions) == 0:
             return
-        found = None if self.x_adv is None else torch.zeros_like(self.x_adv)
-        batch_size = self.batch_size
         if not self.compiled and not self.test.images.is_cuda:  # no batch need be larger than what there is
             batch_size = min(batch_size, -(-len(positions) // runtime.rank_and_world()[1]))
+        found = None if self.x_adv is None else torch.zeros_like(self.x_adv)
         logits = attacked_logits(self.model, self.test.images, self.test.labels, attack, batch_size, progress,
                                  positions, found)
-        self.logits = logits if self.logits is None else torch.where(chosen[:, None], logits, self.logits)
+        self.logits = torch.where(chosen[:, None], logits, self.logits)
         if found is not None:
             self.x_adv[chosen] = found[chosen]
 
     def right(self):
         """Return (N,) bool: which are classified correctly; all before the first attack."""
-        if self.logits is None:
-            return torch.ones_like(self.test.labels, dtype=torch.bool)
         return self.logits.argmax(1) == self.test.labels
-
-    def examples(self, name):
-        """Return what --save-examples keeps of them after the attack `name`."""
-        kept = {"predictions": self.logits.argmax(1), "margins": losses.margin(self.logits, self.test.labels)}
-        if self.x_adv is not None:
-            kept["images"] = self.x_adv
-        return {f"{what}/{name}": values.cpu().numpy().copy() for what, values in kept.items()}
 
 
 def attacked_logits(model, images, labels, attack=None, batch_size=256, progress=lambda n: None, only=None,
@@ -216,10 +221,9 @@ def attacked_logits(model, images, labels, attack=None, batch_size=256, progress
     """Return the model's float32 logits (N, K) for attacked images: what every accuracy is counted from.
 
     images: (N, C, H, W) uint8, labels: (N,), both on one device. attack(x, y, indices) -> x_adv, indices being the
-    images' positions, on the CPU; None for the natural images. model scores the final images: give it in float32 and
-    frozen, whatever crafts inside `attack`. only: the positions to attack (default: all), at least one; the rows of
-    the others are zero. Several processes share the work, and each returns the whole. All batches have one size (the
-    last is filled up with images that are not counted), so that compiled code is not compiled twice.
+    images' positions, on the CPU; None for the natural images, which need no labels. model scores the final images:
+    give it in float32 and frozen, whatever crafts inside `attack`. only: the positions to attack (default: all), at
+    least one; the rows of the others are zero. Several processes share the work, and each returns the whole.
     progress(n) is called after every n images; examples, zeros like the images in float32, receives the attacked ones.
     Raise FloatingPointError where logits are not finite.
     """
@@ -228,22 +232,22 @@ def attacked_logits(model, images, labels, attack=None, batch_size=256, progress
         batch_size = min(batch_size, -(-n // world))
     only = torch.arange(n, device=images.device) if only is None else only
     mine = only[rank::world]
-    counted, total = len(mine), max(1, -(-len(mine) // batch_size)) * batch_size
+    # the last batch is filled up with images that are not counted, as another size would be compiled anew
+    total = max(1, -(-len(mine) // batch_size)) * batch_size
     filled = torch.cat([mine, only.repeat(-(-total // len(only)))])[:total]
-    positions = filled.cpu()  # all at once: to fetch them batch by batch would wait for the GPU each time
-    for done in range(0, total, batch_size):
-        indices = filled[done : done + batch_size]
+    # to the CPU all at once: batch by batch it would wait for the GPU each time
+    parts = (indices.split(batch_size) for indices in (mine, filled, filled.cpu()))
+    for counted, indices, positions in zip(*parts, strict=True):
         x = data.to_float(images[indices])
         if attack is not None:
-            x = attack(x, labels[indices], positions[done : done + batch_size])
+            x = attack(x, labels[indices], positions)
         with torch.no_grad():
             out = model(x).float()
         logits = out.new_zeros(n, out.shape[1]) if logits is None else logits
-        count = max(0, min(batch_size, counted - done))
-        logits[indices[:count]] = out[:count]
+        logits[counted] = out[:len(counted)]
         if examples is not None:
-            examples[indices[:count]] = x[:count]
-        progress(count)
+            examples[counted] = x[:len(counted)]
+        progress(len(counted))
     if examples is not None:
         runtime.sum_over_processes(examples)
     logits = runtime.sum_over_processes(logits)
@@ -259,55 +263,63 @@ def attack_list(args):
     """Return the Attacks asked for, radius by radius in the paper's order."""
     listed = [Attack("Natural", {})] if "natural" in args.attacks else []
     for epsilon in args.epsilons or [args.epsilon]:
-        suffix = f" ε {epsilon}" if args.epsilons else ""
         for flag in ATTACKS[1:]:
             if flag in args.attacks:
-                listed += [Attack(name + suffix, params) for name, params in rows_of(flag, epsilon, args)]
-    if args.pool:
-        for i, attack in enumerate(listed):
-            if attack.params:
-                listed[i] = Attack(attack.name, attack.params | {"pool": [before.name for before in listed[:i]]})
+                for name, params in rows_of(flag, epsilon, args):
+                    if args.pool:
+                        params["pool"] = [before.name for before in listed]
+                    listed.append(Attack(named(name, params, args), params))
     return listed
 
 
+def named(name, params, args):
+    """Return the name of a row: with its radius, where there are several."""
+    return f"{name} ε {params['epsilon']}" if args.epsilons else name
+
+
 def rows_of(flag, epsilon, args):
-    """Return [(name, parameters), ...], the rows of one attack of --attacks at one radius."""
+    """Yield (name, parameters) of each row of one word of --attacks at one radius."""
     if flag == "fgsm":
-        return [("FGSM", dict(epsilon=epsilon, objective="ce", step_size=epsilon, num_steps=1, random_start="none"))]
-    if flag in ("apgd", "autoattack"):
-        params = dict(components=["apgd-ce", "apgd-t"] if flag == "apgd" else list(attacks.COMPONENTS), epsilon=epsilon,
-                      version="standard", seed=args.seed, batch_size=args.batch_size)
+        yield "FGSM", dict(epsilon=epsilon, objective="ce", step_size=epsilon, num_steps=1, random_start="none")
+    elif flag in ("apgd", "autoattack"):
+        name, components = "AutoAttack", list(attacks.COMPONENTS)
+        if flag == "apgd":
+            name, components = "APGD-CE + APGD-T", ["apgd-ce", "apgd-t"]
+        params = dict(components=components, epsilon=epsilon, version="standard", seed=args.seed,
+                      batch_size=args.batch_size)
         if args.tf32:
             params["tf32"] = True
         if (world := runtime.rank_and_world()[1]) > 1:
             params["processes"] = world
-        return [("APGD-CE + APGD-T" if flag == "apgd" else "AutoAttack", params)]
-    base = dict(epsilon=epsilon, step_size=args.step_size or str(Fraction(epsilon) / 10), num_steps=args.num_steps,
-                random_start=args.random_start, seed=args.seed)
-    rule = ""
-    if args.restarts > 1:
-        base["restarts"], rule = args.restarts, f" x{args.restarts}"
-    if args.any_step:  # in float32, as one step decides: in bf16 it may fall short of float32's boundary
-        base["any_step"], base["precision"], rule = True, "fp32", rule + " any step"
-    rows = []
-    if flag == "cw":
+        yield name, params
+    elif flag == "cw":
         for kappa in args.kappas:
             name = "CW-inf" if kappa == 50 else f"CW-inf κ {kappa:g}"
-            params = dict(objective="cw", kappa=kappa) | base | {"num_steps": args.cw_steps}
-            if kappa < 1:
-                params["precision"] = "fp32"
-            rows.append((name + rule, params))
-        return rows
-    for steps in args.steps_sweep or [args.num_steps]:
-        params = base | {"num_steps": steps}
-        if flag == "pgd":
-            rows.append((f"PGD-{steps}{rule}", {"objective": "ce"} | params))
-        elif flag == "pgd-kl":
-            rows.append((f"PGD-{steps}-KL{rule}", {"objective": "kl"} | params))
-        else:
-            rows += [(f"PGD-{steps}-LS {alpha:g}{rule}", {"objective": "lsce", "alpha": alpha} | params)
-                     for alpha in args.alphas]
-    return rows
+            yield pgd_row(name, epsilon, args, objective="cw", kappa=kappa, num_steps=args.cw_steps)
+    else:
+        for steps in args.steps_sweep or [args.num_steps]:
+            if flag == "pgd":
+                yield pgd_row(f"PGD-{steps}", epsilon, args, num_steps=steps)
+            elif flag == "pgd-kl":
+                yield pgd_row(f"PGD-{steps}-KL", epsilon, args, objective="kl", num_steps=steps)
+            else:
+                for alpha in args.alphas:
+                    yield pgd_row(f"PGD-{steps}-LS {alpha:g}", epsilon, args, objective="lsce", alpha=alpha,
+                                  num_steps=steps)
+
+
+def pgd_row(name, epsilon, args, **params):
+    """Return (name, parameters) of a row of PGD, with these parameters and what the flags say of all of its kind."""
+    params = pgd_params(epsilon, random_start=args.random_start, seed=args.seed, **params)
+    if args.step_size:
+        params["step_size"] = args.step_size
+    if args.restarts > 1:
+        name, params["restarts"] = f"{name} x{args.restarts}", args.restarts
+    if args.any_step:
+        name, params["any_step"] = f"{name} any step", True
+    if args.any_step or params.get("kappa", 50) < 1:
+        params["precision"] = "fp32"  # as one step decides: in bf16 it may fall short of float32's boundary
+    return name, params
 
 
 def parse_args(argv=None):
@@ -318,8 +330,6 @@ def parse_args(argv=None):
         help=f"which attacks to run, of {', '.join(ATTACKS)}; apgd is APGD-CE and APGD-T, the first half of AutoAttack")
     add("--protocol", choices=PROTOCOLS, default="paper", help="settings to start from; paper: the defaults below; "
         "rst: Table 4's PGD-20 at ε 0.031; rst-restarts: RST's own 40 steps, 5 restarts, broken if any step breaks")
-    add("--epsilon", type=runtime.ratio, metavar="E", help="radius of the L-inf ball (default: "
-        f"{data.EPSILON['cifar10']}; digits: {data.EPSILON['digits']})")
     add("--epsilons", nargs="+", type=runtime.ratio, metavar="E", help="run every attack at each of these radii")
     add("--num-steps", type=runtime.positive_int, default=20, metavar="N", help="steps of pgd, pgd-kl and pgd-ls")
     add("--steps-sweep", nargs="+", type=runtime.positive_int, metavar="N",
@@ -333,7 +343,6 @@ def parse_args(argv=None):
     add("--kappas", nargs="+", type=runtime.natural_float, metavar="K", default=[50.0],
         help="run cw with each confidence κ; one below 1 is crafted in float32")
     add("--pool", action="store_true", help="attack only what the attacks before left standing; the rows accumulate")
-    add("--seed", type=runtime.natural_int, default=0, help="seed of the random starts")
     add("--tf32", action="store_true", help="let apgd and autoattack too use a GPU's TF32; the counting never does")
     add = add_machine_flags(parser)
     add("--save-examples", metavar="FILE", help="write each image's predictions and margins to this .npz")
@@ -359,8 +368,9 @@ def parse_args(argv=None):
 
 
 def add_model_flags(parser, images="all"):
-    """Add the flags of what a model is evaluated on, here and in audit.py. images: how many by default, for the help.
-    """
+    """Add the flags of what is evaluated at which radius, here and in audit.py. images: how many by default, for the
+    help."""
+    parser.set_defaults(attacks=None, epsilons=None, oracle=None, save_examples=None)  # which one of the two has
     add = parser.add_argument_group("what to evaluate").add_argument
     add("--model-path", required=True, metavar="FILE", help="a checkpoint of train_cifar.py, or a released state dict")
     add("--dataset", help="cifar10, cifar100, digits or a folder (default: the one the model was trained on)")
@@ -369,6 +379,9 @@ def add_model_flags(parser, images="all"):
     add("--num-classes", type=runtime.positive_int, metavar="K",
         help="refuse the file if it has another number of classes (default: take what it has)")
     add_file_flags(add)
+    add("--epsilon", type=runtime.ratio, metavar="E", help="radius of the L-inf ball (default: "
+        f"{data.EPSILON['cifar10']}; digits: {data.EPSILON['digits']})")
+    add("--seed", type=runtime.natural_int, default=0, help="seed of the random starts")
 
 
 def add_file_flags(add):
@@ -392,25 +405,35 @@ def add_machine_flags(parser):
 
 
 def load(args):
-    """Return (model, info, all test images, the data set's name) by the flags above. Raise ValueError."""
-    runtime.check_output("--json", args.json)
+    """Return (model, info, all test images, the data set's name) by the flags above, and fill in args.epsilon. Raise
+    ValueError; ArithmeticError for a checkpoint whose ε is no number."""
+    taken = {pathlib.Path(path).resolve() for path in (args.model_path, args.oracle) if path}
+    for flag, path in (("--json", args.json), ("--save-examples", args.save_examples)):
+        runtime.check_output(flag, path)
+        if path and pathlib.Path(path).resolve() in taken:
+            raise ValueError(f"{flag} {path}: another flag names that file too")
+        taken.add(path and pathlib.Path(path).resolve())
     model, info = checkpoints.load_model(args.model_path, arch=args.arch, num_classes=args.num_classes,
                                          normalize=args.normalize, weights=args.weights)
-    dataset = args.dataset or info.get("args", {}).get("dataset")
-    if dataset is None:
-        dataset = "cifar100" if info["num_classes"] == 100 else "cifar10"
+    trained = info.get("args", {})
+    dataset = args.dataset or trained.get("dataset") or ("cifar100" if info["num_classes"] == 100 else "cifar10")
     test = data.fitted(data.load(dataset, args.data_dir, train=False), dataset, info)
     if args.num_images and args.num_images > len(test.labels):
         raise ValueError(f"--num-images {args.num_images}: {dataset} has {len(test.labels)} test images")
+    args.epsilon = args.epsilon or data.EPSILON.get(dataset, "8/255")
+    radii = args.epsilons or [args.epsilon]
+    if trained.get("defense", "standard") != "standard" and args.attacks != ["natural"]:
+        if Fraction(trained["epsilon"]) not in map(Fraction, radii):
+            info["notes"].append(f"trained at ε {trained['epsilon']}, attacked at ε {', '.join(radii)}")
     return model, info, test, dataset
 
 
 def say_notes(model, info, device, images, labels):
     """Print, to stderr, what the model's file left open. Where that is the normalisation, note first which of the usual
-    ones does better than none, and than those before it, by three standard errors, on images (N, C, H, W) uint8 with
-    labels (N,). labels may be None. A few hundred images do not tell CIFAR-10's two apart."""
+    ones does better than none, and than those before it, by three standard errors, on the first 200 of the images
+    (N, C, H, W) uint8 with labels (N,), or None. So few do not tell CIFAR-10's two apart."""
     if checkpoints.ASSUMED in info["notes"] and labels is not None:
-        model, images, labels = model.to(device), images.to(device), labels.to(device)
+        model, images, labels = model.to(device), images[:200].to(device), labels[:200].to(device)
         best = plain = attacked_logits(model, images, labels).argmax(1) == labels
         for flag in USUAL_NORMALISATIONS:
             normalised = models.Normalised(model, *map(runtime.three_numbers, flag.split())).to(device)
@@ -428,6 +451,39 @@ def say_notes(model, info, device, images, labels):
 # The result: a JSON, and a table on the screen. -----------------------------------------------------------------------
 
 
+def new_result(prog, argv, args, info, dataset, test, device):
+    """Return what the JSON begins with, here and in audit.py."""
+    return {"model": describe(info, dataset), "n": len(test.labels), "images": data.fingerprint(test),
+            "epsilon": ", ".join(args.epsilons or [args.epsilon]), "device": device_name(device),
+            "precision": args.precision, "batch_size": args.batch_size,
+            "versions": {"python": platform.python_version(), "torch": torch.__version__},
+            "command": command(prog, argv), "complete": False}
+
+
+def describe(info, dataset):
+    """Return what the JSON says of the model."""
+    args = info.get("args", {})
+    return {key: info[key] for key in ("path", "sha256", "arch", "normalize", "weights", "notes")} | {
+        "dataset": dataset, "defense": args.get("defense"), "spat_alpha": args.get("spat_alpha"),
+        "epochs": info.get("epoch"), "seed": args.get("seed"), "args": args}
+
+
+def device_name(device):
+    """Return "NVIDIA H100 80GB HBM3", or the CPU's model and the number of threads."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name()
+    name = platform.processor() or platform.machine()
+    with contextlib.suppress(OSError):
+        lines = pathlib.Path("/proc/cpuinfo").read_text().splitlines()
+        name = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), name)
+    return f"{name}, {torch.get_num_threads()} threads"
+
+
+def command(script, argv):
+    """Return the command line that a result comes from; argv None: this process's own."""
+    return shlex.join(["python", script, *(sys.argv[1:] if argv is None else argv)])
+
+
 def outcome(name, params, correct_mask, seconds=0.0):
     """Return one attack's entry in the JSON, from which images are still classified correctly, (n,) bool."""
     from scipy.stats import binomtest  # here, as its import takes a second
@@ -436,13 +492,19 @@ def outcome(name, params, correct_mask, seconds=0.0):
     interval = binomtest(correct, n).proportion_ci(0.95, "wilson")
     return {"name": name, "params": params, "n": n, "correct": correct, "accuracy": correct / n,
             "interval": (float(interval.low), float(interval.high)), "seconds": round(seconds, 2),
-            "correct_mask": np.packbits(correct_mask.numpy()).tobytes().hex()}
+            "correct_mask": np.packbits(correct_mask.cpu().numpy()).tobytes().hex()}
 
 
 def correct_mask(row):
     """Return the outcome per image, (n,) bool, of an attack's entry in the JSON."""
     bits = np.frombuffer(bytes.fromhex(row["correct_mask"]), np.uint8)
     return np.unpackbits(bits)[: row["n"]].astype(bool)
+
+
+def shares_after(finished):
+    """Return the share of images that stand after each component of AutoAttack, for its entry; nothing for others."""
+    counts = {name: runtime.sum_over_processes(right.sum()).item() for name, right in finished.items()}
+    return {"after": {name: count / len(finished[name]) for name, count in counts.items()}} if counts else {}
 
 
 def settings(row):
@@ -464,50 +526,27 @@ def spat_shares(natural, attacked, y, alpha=None):
     return {"share_made_easier": easier, "share_p_y_above_1_minus_alpha": confident}
 
 
-def device_name(device):
-    """Return "NVIDIA H100 80GB HBM3", or the CPU's model and the number of threads."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name()
-    name = platform.processor() or platform.machine()
-    with contextlib.suppress(OSError):
-        lines = pathlib.Path("/proc/cpuinfo").read_text().splitlines()
-        name = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), name)
-    return f"{name}, {torch.get_num_threads()} threads"
-
-
-def command(script, argv):
-    """Return the command line that a result comes from; argv None: this process's own."""
-    return shlex.join(["python", script, *(sys.argv[1:] if argv is None else argv)])
-
-
-def describe(info, dataset):
-    """Return what the JSON says of the model."""
-    args = info.get("args", {})
-    return {"path": info["path"], "sha256": info["sha256"], "arch": info["arch"], "normalize": info["normalize"],
-            "weights": info["weights"], "notes": info["notes"], "dataset": dataset, "defense": args.get("defense"),
-            "spat_alpha": args.get("spat_alpha"), "epochs": info.get("epoch"), "seed": args.get("seed"), "args": args}
-
-
 def table(result):
     """Return the result as text, for the screen."""
     model, attacked = result["model"], f"attacks at ε {result['epsilon']} crafted in {result['precision']}"
-    trained = ""
+    if result.get("tf32") and result["precision"] == "fp32":
+        attacked += " (TF32 in convolutions)"
+    head = f"{model['path']}: {model['arch']} on {model['dataset']}"
     if model["defense"]:
-        trained = f", {model['defense']}"
+        head += f", {model['defense']}"
         if model["spat_alpha"] is not None:
-            trained += f" + SPAT (α {model['spat_alpha']:g})"
-        of = model["args"].get("epochs", model["epochs"])
-        epochs = f"{of} epochs" if model["epochs"] == of else f"epoch {model['epochs']} of {of}"
-        trained += f", {epochs}, seed {model['seed']}"
+            head += f" + SPAT (α {model['spat_alpha']:g})"
+        epochs = model["args"].get("epochs", model["epochs"])
+        head += f", {epochs} epochs" if model["epochs"] == epochs else f", epoch {model['epochs']} of {epochs}"
+        head += f", seed {model['seed']}"
+    if model.get("weights"):
+        head += f", its {model['weights']}"
     exact = [row["name"] for row in result["attacks"] if "after" in row or "precision" in row["params"]]
     if exact and result["precision"] != "fp32":
         attacked += f", {' and '.join(exact)} in fp32"
     if not result["complete"]:
         attacked += "; INCOMPLETE, it was stopped"
-    if model.get("weights"):
-        trained += f", its {model['weights']}"
-    lines = [f"{model['path']}: {model['arch']} on {model['dataset']}{trained}", *model.get("notes", []),
-             f"the first {result['n']} test images; {attacked}", "",
+    lines = [head, *model.get("notes", []), f"the first {result['n']} test images; {attacked}", "",
              f"{'attack':<16} {'correct':>13} {'accuracy':>9}   95 % interval   {'seconds':>7}"]
     for row in result["attacks"]:
         low, high = row["interval"]
@@ -518,12 +557,33 @@ def table(result):
     return "\n".join(lines)
 
 
-def save(args, result, examples):
-    """Write the files that args ask for, from the first process."""
-    if runtime.rank_and_world()[0] == 0:
-        write(args.json, result)
-        if args.save_examples:
-            checkpoints.write_atomically(args.save_examples, lambda file: np.savez_compressed(file, **examples))
+def save(args, result, images=None):
+    """Write the files that args ask for, from the first process. images: as the last of result's attacks left them."""
+    if runtime.rank_and_world()[0] > 0:
+        return
+    write(args.json, result)
+    if args.save_examples and images:
+        name, first = result["attacks"][-1]["name"], len(result["attacks"]) == 1
+        arrays = {"labels": images.test.labels} if first else {}
+        arrays[f"predictions/{name}"] = images.logits.argmax(1)
+        arrays[f"margins/{name}"] = losses.margin(images.logits, images.test.labels)
+        if images.x_adv is not None:
+            arrays[f"images/{name}"] = images.x_adv
+        write_npz(args.save_examples, arrays, behind=not first)
+
+
+def write_npz(path, tensors, behind):
+    """Write tensors to an .npz file, if `behind` then behind those in it, which are copied and not compressed again."""
+    def write_to(file):
+        if behind:
+            with open(path, "rb") as before:
+                shutil.copyfileobj(before, file)
+        with zipfile.ZipFile(file, "a", zipfile.ZIP_DEFLATED) as archive:
+            for name, tensor in tensors.items():
+                with archive.open(f"{name}.npy", "w", force_zip64=True) as member:
+                    np.lib.format.write_array(member, tensor.cpu().numpy())
+
+    checkpoints.write_atomically(path, write_to)
 
 
 def write(path, result):
@@ -550,30 +610,22 @@ def main(argv=None):
         try:
             device, rank, _ = stack.enter_context(runtime.join_job(args.device))
             model, info, test, dataset = load(args)
-            runtime.check_output("--save-examples", args.save_examples)
             if {"apgd", "autoattack"} & set(args.attacks):
                 attacks.check_autoattack(info["num_classes"])
-            say_notes(model, info, device, test.images[:200], test.labels[:200])
-            test = test.subset(slice(args.num_images))
-        except (ValueError, FloatingPointError, *runtime.FAULTS) as error:
+            say_notes(model, info, device, test.images, test.labels)
+        except (ValueError, ArithmeticError, *runtime.FAULTS) as error:
             parser.error(error)
-        args.epsilon = ", ".join(args.epsilons or [args.epsilon or data.EPSILON.get(dataset, "8/255")])
-        result = {
-            "model": describe(info, dataset), "n": len(test.labels), "images": data.fingerprint(test),
-            "epsilon": args.epsilon, "device": device_name(device), "precision": args.precision,
-            "batch_size": args.batch_size,
-            "versions": {"python": platform.python_version(), "torch": torch.__version__},
-            "command": command(parser.prog, argv), "complete": False, "attacks": []}
+        test = test.subset(slice(args.num_images))
+        result = new_result(parser.prog, argv, args, info, dataset, test, device) | {"attacks": []}
         try:
             evaluate(model, test, args, result, device)
-        except KeyboardInterrupt:  # what is finished stands in the JSON, marked as incomplete
-            if rank == 0:
-                print(table(result))
+        except KeyboardInterrupt:
             sys.exit(130)
         except (FloatingPointError, *runtime.FAULTS) as error:
             sys.exit(f"{parser.prog}: {error}")
-        if rank == 0:
-            print(table(result))
+        finally:  # what is known, however it ends
+            if rank == 0 and result["attacks"]:
+                print(table(result))
         return result
 
 

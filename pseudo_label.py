@@ -40,29 +40,26 @@ def parse_args(argv=None):
 
 def main(argv=None):
     parser, args = parse_args(argv)
-    output = pathlib.Path(args.output)
+    output, source = pathlib.Path(args.output), args.images or args.dataset
     try:
-        if output.exists():
-            raise ValueError(f"--output {output} exists already")
-        if output.suffix != ".npz":
-            raise ValueError(f"--output {output} must end in .npz")
+        if output.exists() or output.suffix != ".npz":
+            raise ValueError(f"--output {output} must end in .npz and not exist yet")
         runtime.check_output("--output", output)
         device = runtime.pick_device(args.device)
         model, info = checkpoints.load_model(args.model_path, arch=args.arch, normalize=args.normalize,
                                              weights=args.weights)
         pixels, true = training_images(args) if args.dataset else (read_images(pathlib.Path(args.images)), None)
-        images = data.as_images(args.images or args.dataset, {"data": pixels})
-        data.check_size(images, args.images or args.dataset, info)
-        eval_attacks.say_notes(model, info, device, images[:200], None if true is None else true[:200])
+        images = data.as_images(source, {"data": pixels})
+        data.check_size(images, source, info)
+        eval_attacks.say_notes(model, info, device, images, true)
     except (ValueError, FloatingPointError, *runtime.FAULTS) as error:
         parser.error(error)
     try:
-        model, labels = model.to(device), torch.empty(len(images), dtype=torch.long)
+        model = model.to(device)
         with models.frozen(model), tqdm(total=len(images), unit="img", unit_scale=True, dynamic_ncols=True) as bar:
-            for part in torch.arange(len(images)).split(args.batch_size * 16):  # so that few are float at a time
-                logits = eval_attacks.attacked_logits(model, images[part].to(device), labels[part].to(device),
-                                                      batch_size=args.batch_size, progress=bar.update)
-                labels[part] = logits.argmax(1).cpu()
+            logits = eval_attacks.attacked_logits(model, images.to(device), None, batch_size=args.batch_size,
+                                                  progress=bar.update)
+        labels = logits.argmax(1).cpu()
         arrays = {"data": pixels, "extrapolated_targets": labels.numpy()}
         if args.dataset:
             arrays["training_indices"] = np.arange(args.skip, args.skip + len(images))

@@ -6,6 +6,7 @@ import contextlib
 import ctypes
 import datetime
 import functools
+import io
 import math
 import os
 import pathlib
@@ -36,6 +37,7 @@ class Parser(argparse.ArgumentParser):
     """argparse, with errors on one line and the default of every flag in its help."""
 
     def __init__(self, **kwargs):
+        forgive_output()
         super().__init__(formatter_class=_Help, allow_abbrev=False, **kwargs)
 
     def error(self, message):
@@ -103,6 +105,28 @@ def duration(minutes):
         if minutes >= 2 * size:
             return f"{minutes / size:.0f} {unit}"
     return f"{minutes * 60:.0f} seconds"
+
+
+class _Output(io.FileIO):
+    def write(self, content):
+        """Write, or drop the content if nobody reads it any more: behind `| head -1` the work goes on."""
+        try:
+            return super().write(content)
+        except BrokenPipeError:
+            return len(content)
+
+
+def forgive_output():
+    """Let neither a character that the terminal lacks, printed as "?", nor a closed pipe end the work."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if isinstance(stream, io.TextIOWrapper) and stream is getattr(sys, f"__{name}__"):
+            stream.flush()
+            raw = _Output(stream.fileno(), "w", closefd=False)
+            setattr(sys, name, io.TextIOWrapper(io.BufferedWriter(raw), stream.encoding, "replace",
+                                                line_buffering=stream.line_buffering or stream.write_through))
+        elif hasattr(stream, "reconfigure"):  # as pytest's, which are replaced for each test
+            stream.reconfigure(errors="replace")
 
 
 # Device, precision and compiling. -------------------------------------------------------------------------------------

@@ -69,10 +69,15 @@ def train(args, checkpoint, train_set, val_set, device, stop=()):
     torch.manual_seed(args.seed)  # for the initial weights; every later draw is a function of (seed, step)
     model = models.build_model(args.arch, len(train_set.classes)).to(device)
     run = Run(args, model, train_set, checkpoint)
-    forward = training_pass(run, train_set)
-    update = attacks.recorded(forward, functools.partial(forward_backward, model, forward, args))
+    try:
+        forward, failure = training_pass(run, train_set), None
+    except runtime.CompileFailed as error:
+        failure = error
     if runtime.any_process(stop)[0]:  # while compiling, which the signal may have broken: the directory stays as it was
         return False
+    if failure:
+        raise failure
+    update = attacks.recorded(forward, functools.partial(forward_backward, model, forward, args))
     with run.prepare_directory(checkpoint), contextlib.suppress(runtime.Stopped):
         attack_forward = runtime.stoppable(forward, stop)
         if len(run.rows) < run.step // run.steps_per_epoch:  # stopped in an epoch's validation
@@ -544,6 +549,8 @@ def with_defaults(typed):
 def new_or_resumed(typed):
     """Return (arguments, None or the checkpoint to go on from). Raises ValueError if a run would be overwritten, or
     altered."""
+    if typed.get("out_dir") == "":
+        raise ValueError("--out-dir: an empty name")
     if not typed.get("resume"):
         args = with_defaults(typed)
         if any(pathlib.Path(args.out_dir, name).exists() for name in ("last.pt", "last.prev.pt", "best.pt", "log.csv")):

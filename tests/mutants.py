@@ -19,9 +19,30 @@ import torch
 pytestmark = pytest.mark.slow
 ROOT = pathlib.Path(__file__).parent.parent
 SLOW_IMPORTS = ["foolbox", "matplotlib.figure", "pytest", "scipy.stats", "sklearn.datasets", "torch", "torchvision"]
+RECORDED = "test_runtime.py::test_recorded_training_is_the_eager_one[madry]"
 LOOP = "test_loop.py::test_train_equals_the_independent_loop[mart]"
 
 MUTANTS = {  # name: (snippet, replacement, *the tests that must fail)
+    # recording
+    "a recording keeps its first inputs": (
+        "kept.copy_(given)", "pass", RECORDED),
+    "a recording hands out what it overwrites": (
+        "return self.outputs.clone()", "return self.outputs",
+        "test_runtime.py::test_what_a_recording_returned_stays"),
+    "a recording serves every alpha": (
+        "*((key, _value(v)) for key, v in part.keywords.items())", "*((key, 0) for key in part.keywords)",
+        "test_runtime.py::test_a_recording_is_found_again_by_what_it_does"),
+    "a recording of any shape": (
+        "if inputs[0].shape != self.shape:", "if False:",
+        "test_runtime.py::test_a_recording_is_found_again_by_what_it_does"),
+    "a recording is not compared": (
+        "if any(differ(a, b) for a, b in zip(expected, found, strict=True)):", "if False:",
+        "test_runtime.py::test_a_recording_that_is_not_the_function_is_not_used[other values-False]"),
+    "a rehearsal moves the running statistics": (
+        "buffer.copy_(before)", "pass", "test_runtime.py::test_a_rehearsal_leaves_no_trace"),
+    "a compiler that was asked for and fails is passed over": (
+        'if strict and asked != "auto":', "if False:",
+        "test_runtime.py::test_a_compiler_that_was_asked_for_and_fails_ends_the_run_in_one_line"),
     # training
     "the rate is never set": (
         'group["lr"] = rate', "pass", LOOP),
@@ -52,16 +73,15 @@ MUTANTS = {  # name: (snippet, replacement, *the tests that must fail)
     "--beta is ignored": (
         "logits_nat, y, args.beta)", "logits_nat, y, 5.0)", "test_flags.py::test_train[--beta]"),
     "the update runs in eval mode": (
-        "    model.train()\n    logits_nat",
-        "    model.eval()\n    logits_nat",
+        "    model.train()\n    model.zero_grad()",
+        "    model.eval()\n    model.zero_grad()",
         LOOP),
     "the training attack runs in train mode": (
         "with models.frozen(model):\n        target = y",
         "with contextlib.nullcontext():\n        target = y",
         LOOP),
     "gradients add up": (
-        "                run.optimizer.zero_grad(set_to_none=True)",
-        "                pass",
+        "    model.train()\n    model.zero_grad()", "    model.train()",
         LOOP),
     "clean and attacked logits change places": (
         "OUTER[args.defense](logits_adv, logits_nat,",
@@ -131,11 +151,10 @@ MUTANTS = {  # name: (snippet, replacement, *the tests that must fail)
         "data.load(dataset, args.data_dir, train=False)", "data.load(dataset, args.data_dir)",
         "test_eval.py::test_accuracies_equal_a_loop_written_out"),
     "the last batch is counted in full": (
-        "count = max(0, min(batch_size, counted - done))", "count = batch_size",
+        "progress(len(counted))", "progress(batch_size)",
         "test_eval.py::test_attacked_logits_do_not_depend_on_the_batch_size[4]"),
     "an image's start is that of its place in the batch": (
-        "attack(x, labels[indices], positions[done : done + batch_size])",
-        "attack(x, labels[indices], torch.arange(len(x)))",
+        "attack(x, labels[indices], positions)", "attack(x, labels[indices], torch.arange(len(x)))",
         "test_eval.py::test_attacked_logits_do_not_depend_on_the_batch_size[4]"),
     "every restart draws the same start": (
         "functools.partial(craft, restart=restart)", "craft",
@@ -155,9 +174,10 @@ MUTANTS = {  # name: (snippet, replacement, *the tests that must fail)
         "epsilon=epsilon, random_start=start,", 'epsilon=epsilon, random_start="none",',
         "test_flags.py::test_evaluation[--random-start]"),
     "CW runs as many steps as PGD": (
-        '| {"num_steps": args.cw_steps}', "", "test_eval.py::test_evaluation_defaults_are_the_papers"),
+        "num_steps=args.cw_steps)", "num_steps=args.num_steps)",
+        "test_eval.py::test_evaluation_defaults_are_the_papers"),
     "the step of the evaluation is epsilon / 4": (
-        "args.step_size or str(Fraction(epsilon) / 10)", "args.step_size or str(Fraction(epsilon) / 4)",
+        "step_size=str(Fraction(epsilon) / 10), num_steps=20", "step_size=str(Fraction(epsilon) / 4), num_steps=20",
         "test_eval.py::test_evaluation_defaults_are_the_papers"),
     "the pool is ignored": (
         "chosen = images.right() if args.pool else", "chosen = images.right() if False else",
@@ -165,7 +185,7 @@ MUTANTS = {  # name: (snippet, replacement, *the tests that must fail)
     "of a pool those not attacked count as zeros": (
         "torch.where(chosen[:, None], logits, self.logits)", "logits", "test_eval.py::test_the_pool_shrinks"),
     "any step forgets the last iterate": (
-        "        watched(last)\n", "        pass\n",
+        "        watched(last.requires_grad_())", "        pass",
         "test_attacks.py::test_worst_iterate_keeps_what_the_attack_passes_by"),
     "any step keeps the best iterate": (
         "lowest = torch.where(now < lowest, now, lowest)",
@@ -179,7 +199,7 @@ MUTANTS = {  # name: (snippet, replacement, *the tests that must fail)
         "proportion_ci(0.95)",
         "test_eval.py::test_the_table_names_the_training"),
     "the mask's bits run the other way": (
-        "np.packbits(correct_mask.numpy())", 'np.packbits(correct_mask.numpy(), bitorder="little")',
+        "np.packbits(correct_mask.cpu().numpy())", 'np.packbits(correct_mask.cpu().numpy(), bitorder="little")',
         "test_compare.py::test_the_masks_survive_the_json"),
     # comparisons
     "McNemar's tail leaves out what was seen": (
@@ -214,7 +234,7 @@ MUTANTS = {  # name: (snippet, replacement, *the tests that must fail)
         "test_compare.py::test_attacks_with_other_parameters_are_left_out_and_named"),
     # attacks
     "PGD descends": (
-        "x_adv + step_size * input_gradient", "x_adv - step_size * input_gradient",
+        "x_adv + step_size * gradient.sign()", "x_adv - step_size * gradient.sign()",
         "test_attacks.py::test_pgd_equals_foolbox[ce-none]"),
     "the ball has twice its radius": (
         "(x_adv - x).clamp(-epsilon, epsilon)", "(x_adv - x).clamp(-2 * epsilon, 2 * epsilon)",
@@ -226,8 +246,7 @@ MUTANTS = {  # name: (snippet, replacement, *the tests that must fail)
         "x_adv = project(x + random_start, x, epsilon)", "x_adv = x + random_start",
         "test_attacks.py::test_ball_and_box_are_never_left[0.0005-0.1-gaussian]"),
     "a step is left out": (
-        "for _ in range(num_steps):\n        x_adv = project(",
-        "for _ in range(num_steps - 1):\n        x_adv = project(",
+        "for _ in range(num_steps):\n        x_adv = step(", "for _ in range(num_steps - 1):\n        x_adv = step(",
         "test_attacks.py::test_pgd_equals_foolbox[ce-none]"),
     "FGSM starts at random": (
         'epsilon=epsilon, step_size=epsilon, num_steps=1, random_start="none")',
@@ -239,13 +258,12 @@ MUTANTS = {  # name: (snippet, replacement, *the tests that must fail)
     "the Gaussian start is as wide as the ball": (
         "normal_(0, 0.001, ", "normal_(0, epsilon, ", "test_attacks.py::test_starts_are_what_their_names_say"),
     "KL's target is not constant": (
-        "logits = model(x.detach().requires_grad_()).detach()", "logits = model(x.detach().requires_grad_())",
+        "return model(x.detach().requires_grad_()).detach()", "return model(x.detach().requires_grad_())",
         "test_attacks.py::test_probabilities_are_a_constant"),
     "the model stays frozen": (
-        "module.training = training", "pass", "test_attacks.py::test_frozen_restores_after_an_error"),
+        "module.training = True", "pass", "test_attacks.py::test_frozen_restores_after_an_error"),
     "the frozen model stays in train mode": (
-        "yield model.eval().requires_grad_(False)",
-        "yield model.requires_grad_(False)",
+        "module.training = False", "pass",
         "test_attacks.py::test_nothing_is_left_behind"),
     "AutoAttack's outcomes are ignored": (
         "robust[standing] = label == y[standing]", "pass",
@@ -337,8 +355,7 @@ MUTANTS = {  # name: (snippet, replacement, *the tests that must fail)
         'difference["interval"][0] <= 0', 'difference["interval"][1] >= 0',
         "test_audit.py::test_what_counts_as_raised"),
     "pseudo-labels are the least likely classes": (
-        "labels[part] = logits.argmax(1).cpu()",
-        "labels[part] = logits.argmin(1).cpu()",
+        "labels = logits.argmax(1).cpu()", "labels = logits.argmin(1).cpu()",
         "test_rst.py::test_the_rest_of_a_data_set_is_labelled"),
 }
 

@@ -113,7 +113,7 @@ def test_an_interrupted_audit_keeps_what_is_finished(model_path, tmp_path, monke
     def interrupted(source):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(audit, "CHECKS", {"order": audit.CHECKS["order"], "steps": (interrupted, "")})
+    monkeypatch.setattr(audit, "CHECKS", {"order": audit.CHECKS["order"], "steps": (interrupted, "", "")})
     with pytest.raises(SystemExit) as exit_info:
         audit.main(["--model-path", str(model_path), *SMALL, "--json", str(tmp_path / "a.json")])
     result = json.loads((tmp_path / "a.json").read_text())
@@ -122,7 +122,7 @@ def test_an_interrupted_audit_keeps_what_is_finished(model_path, tmp_path, monke
 
 
 def test_a_gpu_out_of_memory_ends_in_one_line(model_path, monkeypatch):
-    def full(*_):
+    def full(*_, **__):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr(audit.runtime, "forward_pass", full)
@@ -194,7 +194,8 @@ def test_what_a_file_leaves_open_is_said(model_path, tmp_path, monkeypatch, caps
     assert checkpoints.ASSUMED in result["model"]["notes"] and "did you mean" in result["model"]["notes"][1]
     assert capsys.readouterr().err.count("did you mean --normalize 0.4914") == 1 and result["oracle"]["notes"] == []
     result, _ = run(model_path, monkeypatch, None, "--num-images", "200", "--oracle", str(tmp_path / "m.pt"))
-    assert result["model"]["notes"] == [] and "did you mean" in result["oracle"]["notes"][1]
+    assert result["model"]["notes"] == ["trained at ε 0.01, attacked at ε 0.02"]
+    assert "did you mean" in result["oracle"]["notes"][1]
     capsys.readouterr()
     error = fails_in_one_line(audit.main, ["--model-path", model_path, "--normalize", "0,0,0", "1,1,1"], capsys)
     assert "it is a file of this project" in error

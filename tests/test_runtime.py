@@ -259,6 +259,16 @@ def test_a_recording_is_found_again_by_what_it_does(monkeypatch):
             attack(x=x[:2])] == [1, 1, 2, 2, 3, 4, 4]
 
 
+def test_what_a_recording_returned_stays(monkeypatch):
+    record_on_a_cpu(monkeypatch)
+    model, x = SmallNet(), torch.rand(4, 3, 8, 8)
+    forward = runtime.RecordedPass(model, runtime.plain_pass(model), x)
+    one, several = forward.recorded(lambda x: 2 * x), forward.recorded(lambda x: (3 * x, None))
+    first = one(x), *several(x)
+    one(x + 1), several(x + 1)
+    assert torch.equal(first[0], 2 * x) and torch.equal(first[1], 3 * x) and first[2] is None
+
+
 def test_cudnn_times_its_algorithms_where_shapes_are_fixed_only(monkeypatch):
     cudnn = torch.backends.cudnn
     monkeypatch.setattr(cudnn, "allow_tf32", True)

@@ -115,7 +115,10 @@ BAD = {  # name: (arguments, what the one line says)
     "abbreviation": (["--defense", "mart", "--epoch", "3"], "unrecognized arguments: --epoch 3"),
     "no run to resume": (["--defense", "mart", "--resume"], "wrn-34-10-mart-s1 holds no run"),
     "no folder to resume": (["--resume", "--out-dir", "nowhere"], "nowhere holds no run"),
-    "too many held out": (["--defense", "mart", "--dataset", "digits", "--val-size", "1397"], "to hold out 1397"),
+    "empty folder": (["--defense", "mart", "--dataset", "digits", "--out-dir", ""], "--out-dir: an empty name"),
+    "resumed without a folder": (["--resume", "--out-dir", ""], "--out-dir: an empty name"),
+    "too many held out": (["--defense", "mart", "--dataset", "digits", "--val-size", "1397"],
+                          "--val-size 1397: 1397 training images are too few"),
     "limit above the set": (["--defense", "mart", "--dataset", "digits", "--limit-train", "5000"], "train on 5000"),
     "no cifar": (["--defense", "mart", "--data-dir", "cut"], "is incomplete or damaged"),
     "out-dir in a file": (["--defense", "mart", "--dataset", "digits",
@@ -380,9 +383,9 @@ def test_a_signal_while_compiling_leaves_the_directory_as_it_was(tmp_path, monke
     before = {path: path.read_bytes() for path in tmp_path.glob("[!.]*")}
     real = runtime.forward_pass
 
-    def broken(args, *rest):
+    def broken(args, *rest, **more):
         signal.raise_signal(signal.SIGINT)
-        passes = real(args, *rest)
+        passes = real(args, *rest, **more)
         args.compile = "on"  # what came of it, as the real one writes it, is another level now
         return passes
 
@@ -625,9 +628,11 @@ def test_the_tally_counts_per_example():
     assert train_cifar.tally(loss, model(p_nat), model(p_adv), y).tolist() == [1.5, 0.75, 0.5]
     assert train_cifar.tally(loss, model(p_nat), None, y).tolist() == [1.5, 0.75, 0]
     for alpha, step, expected in ((0.3, 8, [2, 1, 4]), (None, 8, [0, 1, 4]), (0.3, 9, [0, 0, 0])):
-        run = argparse.Namespace(model=model, args=argparse.Namespace(spat_alpha=alpha), step=step, steps_per_epoch=20)
+        args = argparse.Namespace(spat_alpha=alpha, defense="madry")
+        run = argparse.Namespace(model=model, args=args, step=step, steps_per_epoch=20)
         assert train_cifar.sampled_shares(run, model, p_nat, p_adv, y).tolist() == expected
-    assert train_cifar.sampled_shares(run, model, p_nat, None, y).tolist() == [0, 0, 0]  # standard training
+    run.step, args.defense = 8, "standard"
+    assert train_cifar.sampled_shares(run, model, p_nat, p_nat, y).tolist() == [0, 0, 0]
 
 
 @pytest.mark.usefixtures("tiny_net")
