@@ -26,7 +26,7 @@ SECOND = ROOT / "pretrained/cifar10-resnet-18-mart-spat0.3-s1.pt"  # MART + SPAT
 
 
 def standard():
-    """The path of a standard ResNet-18 that nobody here trained: AutoAttack's authors put it beside their examples (MIT
+    """The path of a standard ResNet-18 that nobody here trained: it is among the examples of AutoAttack's authors (MIT
     licence, github.com/fra31/auto-attack), and pyautoattack installs it."""
     return importlib.resources.files("pyautoattack") / "examples/model_test.pt"
 
