@@ -6,7 +6,9 @@ import json
 import os
 import pathlib
 import random
+import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -218,6 +220,124 @@ def test_what_is_finished_is_skipped_and_a_lost_json_alone_is_made_again(stubs):
     path.unlink()
     assert ends([*TABLE3, "--cell", "2"]) == 0 and len(begun()) == 1  # another one
     assert ends([*TABLE3, "--cell", "3"]) == 0 and begun()[1:] == [("eval_attacks.py", str(path))]
+
+
+def first_line(capsys):
+    return capsys.readouterr().out.splitlines()[0]
+
+
+CAME = "came with the repository, or from elsewhere: their models are not in runs/"
+
+
+def test_the_first_line_says_what_was_run_and_what_came_with_the_repository(stubs, capsys):
+    cells = stubs(seven())
+    assert ends(TABLE3) == 0
+    assert first_line(capsys) == f"7 cells were run, 0 were before; 0 {CAME}"
+    (cells[3].run / "last.pt").unlink()  # as in a clone, which has results and no runs
+    next(iter(cells[6].evaluations())).unlink()
+    assert ends(TABLE3) == 0
+    assert first_line(capsys) == f"1 cells were run, 5 were before; 1 {CAME}"
+    assert ends([*TABLE3, "--cell", "4"]) == 0
+    assert first_line(capsys) == f"Nothing was run, 0 were before; 1 {CAME}"
+
+
+@pytest.mark.parametrize("target, scale, cells", [("table3", "confident", 35), ("table4", "digits", 14)])
+def test_in_a_fresh_clone_a_table_says_that_nothing_was_run(target, scale, cells, tmp_path, monkeypatch, capsys):
+    """And it trains no labeller anew, whose labels are not needed."""
+    shutil.copytree(ROOT / f"results/{target}-{scale}", tmp_path / f"results/{target}-{scale}")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    assert ends([target, "--scale", scale]) == 0 and not pathlib.Path("runs").exists()
+    out = capsys.readouterr().out
+    assert out.startswith(f"Nothing was run, 0 were before; {cells} {CAME}\n\n## {target}, {scale} scale\n")
+
+
+def test_results_dir_keeps_results_apart(stubs, capsys):
+    cells = stubs(seven())
+    for path in cells[0].evaluations():  # came with the repository
+        path.parent.mkdir(parents=True)
+        eval_attacks.write(path, made_result(cells[0], cells[0].evaluations()[path]))
+    before = sorted(pathlib.Path("results").rglob("*"))
+    mine = [cell._replace(results_dir="mine") for cell in cells]
+    made = json.loads(pathlib.Path("made.json").read_text())
+    made |= {str(new): made[str(old)] for cell, own in zip(cells, mine, strict=True)
+             for old, new in zip(cell.evaluations(), own.evaluations(), strict=True)}
+    pathlib.Path("made.json").write_text(json.dumps(made))
+    assert ends([*TABLE3, "--results-dir", "mine"]) == 0
+    assert first_line(capsys) == f"7 cells were run, 0 were before; 0 {CAME}"
+    assert sorted(pathlib.Path("results").rglob("*")) == before
+    assert all(path.exists() for cell in mine for path in cell.evaluations())
+    assert pathlib.Path("mine/table3-digits.json").exists()
+    reproduce.main(["--results-dir", "mine", "--seeds", "1"])
+    assert re.search(r"^table3 +digits +7 +7 +0 +1; nothing$", capsys.readouterr().out, re.M)
+
+
+@pytest.fixture
+def two_files(monkeypatch):
+    """Each cell of the table has two JSONs."""
+    recipe = reproduce.RECIPES["table3", "digits"]
+    evaluate = {"": recipe.evaluate[""], "-first": "last.pt --attacks natural pgd --num-images 100 --precision fp32 "
+                "--batch-size 50 --compile off"}
+    monkeypatch.setitem(reproduce.RECIPES, ("table3", "digits"), recipe._replace(evaluate=evaluate))
+
+
+def test_a_cell_of_two_models_is_named_and_not_averaged_in(two_files, stubs, capsys):
+    cells = stubs(seven())
+    assert ends(TABLE3) == 0
+    first, second = cells[2].evaluations()
+    eval_attacks.write(second, made_result(cells[2], cells[2].evaluations()[second], sha256="another"))
+    capsys.readouterr()
+    assert ends(TABLE3) == 1
+    out, err = capsys.readouterr()
+    assert err.splitlines()[-1] == (
+        f"failed: {cells[2]}: {second}: mixed, of another model than {first}")
+    assert f"left out: {cells[2]}: {second}: mixed" in out and "| trades |" not in out and "| madry |" in out
+
+
+@pytest.mark.parametrize("left", ["no run", "another run", "half a run"])
+def test_a_lost_model_is_not_mixed_with_the_results_that_remain(left, two_files, stubs, capsys):
+    cells = stubs(seven())
+    assert ends(TABLE3) == 0
+    pathlib.Path("calls.txt").write_text("")
+    first, second = cells[2].evaluations()
+    second.unlink()
+    if left == "no run":
+        shutil.rmtree(cells[2].run)
+    else:  # of another training by the same recipe
+        name = "done3.pt" if left == "another run" else "begun2.pt"
+        (cells[2].run / "last.pt").write_bytes(pathlib.Path(name).read_bytes())
+    assert ends(TABLE3) == 1 and begun() == []
+    why = f"{first} is of a model that is not in {cells[2].run}: move it away, or use --results-dir"
+    assert capsys.readouterr().err.splitlines()[-1] == f"failed: {cells[2]}: {why}"
+    first.unlink()
+    if left == "no run":
+        assert ends(TABLE3) == 0 and [script for script, _ in begun()] == ["train_cifar.py", *["eval_attacks.py"] * 2]
+
+
+def test_a_cell_without_its_pseudo_labels_says_what_to_run_first(stubs, capsys):
+    cells = stubs(reproduce.cells_of([("table4", "digits")], {3}))
+    argv = ["table4", "--scale", "digits", "--seeds", "3", "--cell"]
+    assert ends([*argv, "3"]) == 1 and not pathlib.Path("calls.txt").exists()
+    assert capsys.readouterr().err.splitlines()[-1] == (
+        f"failed: {cells[2]}: runs/table4-digits/pseudo-s3.npz is missing, run this first: python reproduce.py "
+        "table4 --scale digits --seeds 3 --cell 1")
+    assert str(cells[0]) == "table4 digits labeller seed 3" and cells[1].row == "trades-300"
+    assert ends([*argv, "2"]) == 0  # which trains on the labelled images alone
+
+
+@pytest.mark.parametrize("dataset, epsilon, shown", [
+    ("cifar10", "8/255", True), ("data/cifar-100-png", "8/255", True), ("cifar10", "0.031", True),
+    ("cifar10", "4/255", False), ("cifar10-first4", "8/255", False), ("digits", "0.05", False)])
+def test_the_papers_numbers_stand_beside_its_task_alone(dataset, epsilon, shown, stubs, monkeypatch, capsys):
+    monkeypatch.setattr(reproduce, "evaluated_otherwise", lambda result, command: [])
+    cells = seven()
+    for path, command in cells[0].evaluations().items():
+        path.parent.mkdir(parents=True)
+        result = made_result(cells[0], command)
+        result["model"]["dataset"] = dataset
+        eval_attacks.write(path, result | {"epsilon": epsilon})
+    assert ends([*TABLE3[:3], "--report"]) == 0
+    assert ("[84.39]" in capsys.readouterr().out) == shown
 
 
 def test_a_cell_that_another_process_has_finished_meanwhile_is_done(stubs):
