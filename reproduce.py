@@ -2,7 +2,6 @@
 
     python reproduce.py                                        what there is, what is finished, what the rest would take
     python reproduce.py table3 --scale digits --seeds 1 2 3    trains, evaluates and reports; again: goes on
-    python reproduce.py table3 --scale digits --results-dir mine    the same, apart from the repository's own results
     python reproduce.py table3 --scale paper --dry-run         the commands that it would run, one a line
     python reproduce.py figure5 --scale cpu --report           runs nothing; the tables of what is finished
     python reproduce.py table3 --scale paper --cell 3          one cell, for the array job of a scheduler, or on 8 GPUs:
@@ -10,9 +9,9 @@
         'exec python reproduce.py table3 --scale paper --cell $SLURM_ARRAY_TASK_ID'
     python reproduce.py table3 --scale paper --cell 3 --dry-run | sed 's/^python/torchrun --nproc-per-node=8/' | bash -e
 
-A cell is one row of a table with one seed: a line of train_cifar.py and lines of eval_attacks.py. What is finished is
-skipped, what was interrupted goes on; a cell's output is in output.log in its run directory. Exit status 0; 1 if a cell
-failed, or has a result of another recipe or of two models; 130 or 143 after Ctrl-C, or SIGTERM and --minutes, when all
+A cell is one row of a table with one seed: a line of train_cifar.py and lines of eval_attacks.py, whose output is in
+output.log in its run directory. What is finished is skipped, what was interrupted goes on. Exit status 0; 1 if a cell
+failed or has results of another recipe or of two models; 130 or 143 after Ctrl-C, or SIGTERM and --minutes, when all
 cells have saved.
 """
 
@@ -184,8 +183,7 @@ def parse_args(argv=None):
         "classes that the models are sure of, table3 alone; cpu: hours; gpu: one H100, table3 alone; paper: its own")
     add("--seeds", nargs="+", type=runtime.natural_int, metavar="S", help="default: 1; confident: 1 to 5")
     add("--cell", type=runtime.positive_int, metavar="N", help="the N-th cell alone, from 1: seed by seed, row by row")
-    add("--jobs", type=runtime.positive_int, metavar="N",
-        help="cells at once on a CPU, whose cores they share (default: one a core, at most 4); on GPUs it is one a GPU")
+    add("--jobs", type=runtime.positive_int, metavar="N", help="cells at once on a CPU (default: one a core, up to 4)")
     add("--minutes", type=runtime.positive_float, metavar="M", help="stop after so long, when all cells have saved")
     add("--dry-run", action="store_true", help="print the commands that would be run")
     add("--report", action="store_true", help="run nothing; print the tables, and write TARGET-SCALE.json")
@@ -466,12 +464,12 @@ def todo(cell):
     """Return the commands that finish a cell. Raise ValueError if its run directory holds a run of another recipe, or
     none that is whole, or not the model of a result that is there."""
     missing, _ = missing_and_differing(cell)
-    if not missing:
-        return []
-    for path, command in cell.evaluations().items():
-        if path not in missing and not is_of_model(path, command[2]):
-            raise ValueError(f"{path} is of a model that is not in {cell.run}: move it away, or use --results-dir")
     commands = list(missing.values())
+    if not commands:
+        return []
+    for path in cell.evaluations().keys() - missing.keys():
+        if not has_model(cell, path):
+            raise ValueError(f"{path} is of a model that is not in {cell.run}: move it away, or use --results-dir")
     if not any((cell.run / name).exists() for name in ("last.pt", "last.prev.pt")):
         return [cell.training(), *commands]
     found = train_cifar.load_run(cell.run)
@@ -482,10 +480,10 @@ def todo(cell):
     return commands
 
 
-def is_of_model(path, model_path):
-    """Return whether a model file is there, and is the one of which the result at path is."""
-    stated = eval_attacks.read(path)["model"].get("sha256")
-    return os.path.exists(model_path) and checkpoints.sha256(model_path) == stated
+def has_model(cell, path):
+    """Return whether the run directory of a cell has the model of which its result at path is."""
+    model = cell.evaluations()[path][2]
+    return os.path.exists(model) and checkpoints.sha256(model) == eval_attacks.read(path)["model"].get("sha256")
 
 
 def outcomes(cell):
@@ -509,14 +507,12 @@ def log_rows(cell):
 
 
 def report(args, ran):
-    """Print how many cells were run, now and before, and unless it is one --cell the tables of each target's finished
-    cells of all seeds, and write TARGET-SCALE.json. ran: the cells that are finished now."""
+    """Print how many cells were run now (ran), and how many before; unless it is one --cell, print all tables."""
     cells = args.cells if args.cell else cells_of(args.keys, None, *args.folders)
     before = [cell for cell in cells if cell not in ran and not any(missing_and_differing(cell))]
-    here = [cell for cell in before if all(is_of_model(path, run[2]) for path, run in cell.evaluations().items())]
-    now = f"{len(ran)} cells were run" if ran else "Nothing was run"
-    print(f"{now}, {len(here)} were before; {len(before) - len(here)} came with the repository, or from elsewhere: "
-          "their models are not in runs/")
+    here = [cell for cell in before if all(has_model(cell, path) for path in cell.evaluations())]
+    now = f"Cells run now: {len(ran)}" if ran else "Nothing was run"
+    print(f"{now}; before: {len(here)}; came with the repository, or from elsewhere: {len(before) - len(here)}")
     if not args.cell:
         for key in args.keys:
             print_tables(key, args.folders)
@@ -542,9 +538,9 @@ def print_tables(key, folders):
             found.setdefault(cell.row, {})[cell.seed] = outcomes(cell)
             if is_the_papers_task(results[0]):
                 paper[cell.row] = PAPER.get((cell.target, cell.row), {})
-            for row in log_rows(cell)[-1:]:
-                if row["share_p_y_above_1_minus_alpha"]:
-                    shares.setdefault(cell.row, []).append(float(row["share_p_y_above_1_minus_alpha"]))
+            share = log_rows(cell)[-1]["share_p_y_above_1_minus_alpha"] if cell.log.exists() else ""
+            if share:
+                shares.setdefault(cell.row, []).append(float(share))
     print("\n## {}, {} scale\n".format(*key))
     if found:
         found = {row: found[row] for row in RECIPES[key].rows if row in found}

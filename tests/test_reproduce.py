@@ -226,19 +226,19 @@ def first_line(capsys):
     return capsys.readouterr().out.splitlines()[0]
 
 
-CAME = "came with the repository, or from elsewhere: their models are not in runs/"
+CAME = "came with the repository, or from elsewhere"
 
 
 def test_the_first_line_says_what_was_run_and_what_came_with_the_repository(stubs, capsys):
     cells = stubs(seven())
     assert ends(TABLE3) == 0
-    assert first_line(capsys) == f"7 cells were run, 0 were before; 0 {CAME}"
+    assert first_line(capsys) == f"Cells run now: 7; before: 0; {CAME}: 0"
     (cells[3].run / "last.pt").unlink()  # as in a clone, which has results and no runs
     next(iter(cells[6].evaluations())).unlink()
     assert ends(TABLE3) == 0
-    assert first_line(capsys) == f"1 cells were run, 5 were before; 1 {CAME}"
+    assert first_line(capsys) == f"Cells run now: 1; before: 5; {CAME}: 1"
     assert ends([*TABLE3, "--cell", "4"]) == 0
-    assert first_line(capsys) == f"Nothing was run, 0 were before; 1 {CAME}"
+    assert first_line(capsys) == f"Nothing was run; before: 0; {CAME}: 1"
 
 
 @pytest.mark.parametrize("target, scale, cells", [("table3", "confident", 35), ("table4", "digits", 14)])
@@ -249,7 +249,7 @@ def test_in_a_fresh_clone_a_table_says_that_nothing_was_run(target, scale, cells
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     assert ends([target, "--scale", scale]) == 0 and not pathlib.Path("runs").exists()
     out = capsys.readouterr().out
-    assert out.startswith(f"Nothing was run, 0 were before; {cells} {CAME}\n\n## {target}, {scale} scale\n")
+    assert out.startswith(f"Nothing was run; before: 0; {CAME}: {cells}\n\n## {target}, {scale} scale\n")
 
 
 def test_results_dir_keeps_results_apart(stubs, capsys):
@@ -264,7 +264,7 @@ def test_results_dir_keeps_results_apart(stubs, capsys):
              for old, new in zip(cell.evaluations(), own.evaluations(), strict=True)}
     pathlib.Path("made.json").write_text(json.dumps(made))
     assert ends([*TABLE3, "--results-dir", "mine"]) == 0
-    assert first_line(capsys) == f"7 cells were run, 0 were before; 0 {CAME}"
+    assert first_line(capsys) == f"Cells run now: 7; before: 0; {CAME}: 0"
     assert sorted(pathlib.Path("results").rglob("*")) == before
     assert all(path.exists() for cell in mine for path in cell.evaluations())
     assert pathlib.Path("mine/table3-digits.json").exists()
