@@ -22,7 +22,6 @@ import pathlib
 import re
 import shlex
 import signal
-import statistics
 import subprocess
 import sys
 import threading
@@ -75,8 +74,8 @@ SIXTEEN = "0 1e-5 5e-5 1e-4 1e-3 1e-2 0.1 0.2 0.3 0.4 0.5 0.6 0.7 0.8 0.9 1"
 TABLE_3 = ["madry", "madry-spat0.2", "trades", "trades-spat0", "trades-spat0.1", "mart", "mart-spat0.3"]
 TABLE_3_CIFAR100 = ["madry", "trades", "trades-spat0", "trades-spat0.1", "mart", "mart-spat0.2"]
 RST = ["rst", "rst-spat0", "rst-spat0.1", "mart", "mart-spat0.1"]
-RST_CPU = "--recipe rst --epochs 6"
-RST_DIGITS = f"{RST_CPU} --epsilon 0.05"
+RST_FLAGS = "--recipe rst --epochs 6"
+RST_AUX = f"{RST_FLAGS} --aux-data {{aux}}"
 FIGURE_4 = ["standard", "madry"]
 FIGURE_5 = [f"eps{epsilon}-alpha{alpha}" for epsilon in (4, 8, 16) for alpha in ("0", "0.2", "0.4", "0.6", "0.8", "1")]
 
@@ -106,14 +105,14 @@ RECIPES = {
     ("table4", "digits"): Recipe(
         ["labeller", "trades-300", *RST], f"--arch wrn-10-1 --limit-train 300 {RATE} {DIGITS}",
         {"": f"last.pt --attacks natural pgd --epsilon 0.05 --num-images 200 {SMALL}"},
-        own={"labeller": "--epochs 30", "trades": RST_DIGITS, "rst": f"{RST_DIGITS} --aux-data {{aux}}",
-             "mart": f"{RST_DIGITS} --aux-data {{aux}}"},
+        own={"labeller": "--epochs 30", "trades": f"{RST_FLAGS} --epsilon 0.05", "rst": f"{RST_AUX} --epsilon 0.05",
+             "mart": f"{RST_AUX} --epsilon 0.05"},
         label="--dataset digits --skip 300", evaluate_labeller=f"last.pt --attacks natural {SMALL}"),
     ("table4", "cpu"): Recipe(
         ["labeller", "trades-10000", *RST],
         f"--arch wrn-16-2 --limit-train 10000 --batch-size 128 {RATE} {FAST}", {"": f"last.pt --protocol rst {FAST}"},
-        "rst", "rst", own={"labeller": "--val-size 0 --epochs 20 --weight-decay 5e-4", "trades": RST_CPU,
-                           "rst": f"{RST_CPU} --aux-data {{aux}}", "mart": f"{RST_CPU} --aux-data {{aux}}"},
+        "rst", "rst", own={"labeller": "--val-size 0 --epochs 20 --weight-decay 5e-4", "trades": RST_FLAGS,
+                           "rst": RST_AUX, "mart": RST_AUX},
         label="--dataset cifar10 --skip 10000", evaluate_labeller=f"last.pt --attacks natural {EAGER}"),
     ("table4", "paper"): Recipe(
         ["rst", "mart", "rst-spat0.1", "mart-spat0.1"],
@@ -367,10 +366,7 @@ class Cell(NamedTuple):
     log = property(lambda self: self.path(self.results_dir, self.row, ".log.csv"))
     labels = property(lambda self: self.path("runs", "pseudo", ".npz"))  # of the row "labeller"
     own_flags = property(lambda self: f"{row_flags(self.row)} {self.recipe.own.get(self.row.split('-')[0], '')}")
-
-    @property
-    def after(self):  # the cell that must be finished before, for its file of pseudo-labels
-        return self._replace(row="labeller") if "{aux}" in self.own_flags else None
+    after = property(lambda self: self._replace(row="labeller") if "{aux}" in self.own_flags else None)  # that cell
 
     def command(self, script, flags):
         words = [script, *(flag.format(data=self.data_dir, aux=self.labels) for flag in flags.split())]
@@ -545,7 +541,7 @@ def print_tables(key, folders):
     if found:
         found = {row: found[row] for row in RECIPES[key].rows if row in found}
         summary = compare.summarise(found, PAIRS, paper) | {
-            "shares": {row: statistics.fmean(values) for row, values in shares.items()},
+            "shares": {row: sum(values) / len(values) for row, values in shares.items()},
             "unfinished": unfinished, "of_another_recipe": differing}
         path = pathlib.Path(folders[1], f"{'-'.join(key)}.json")
         checkpoints.write_atomically(path, json.dumps(summary, indent=1).encode())
