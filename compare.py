@@ -7,8 +7,8 @@ its 95 % interval, which is narrower than two separate intervals suggest, becaus
 """
 
 import math
-import statistics
 
+import numpy as np
 import scipy  # scipy.stats takes a second to import; scipy loads it where it is first used
 
 import data
@@ -37,14 +37,15 @@ def main(argv=None):
         print(f"{letter} {path}, crafted in {result.get('precision', 'unknown precision')}")
     print(f"B - A in points, {first['n']} images of {first['model']['dataset']}\n")
     print(f"{'attack':<16}{'A':>8}{'B':>8}{'B - A':>9}   95 % interval    gained   lost   McNemar's p")
-    before, after = ({row["name"]: row["accuracy"] for row in result["attacks"]} for result in (first, second))
+    before, after = ({row["name"]: row for row in result["attacks"]} for result in (first, second))
     for name, d in differences.items():
         low, high = d["interval"]
-        print(f"{name:<16}{before[name]:>8.2%}{after[name]:>8.2%}{100 * d['difference']:>+9.2f}"
+        print(f"{name:<16}{before[name]['accuracy']:>8.2%}{after[name]['accuracy']:>8.2%}{100 * d['difference']:>+9.2f}"
               f"   {100 * low:+6.2f} to {100 * high:+6.2f} {d['gained']:>7} {d['lost']:>6}   {d['p']:.2g}")
-    if "PGD-20" in differences and "Worst case" in differences:
-        change = in_words(change_of_overestimate(first, second), ", p = ")
-        print(f"\nright under PGD-20 and wrong in the worst case, B - A: {change}")
+    if "PGD-20" in differences and "Worst case" in differences:  # so much of a gain does not reach the worst case
+        mask = eval_attacks.correct_mask
+        lost = [mask(rows["PGD-20"]) & ~mask(rows["Worst case"]) for rows in (before, after)]
+        print(f"\nright under PGD-20, wrong in the worst case, B - A: {in_words(paired_difference(*lost), ', p = ')}")
     if others := [name for name in before | after if name not in differences]:
         print(f"\nnot in both, or with other parameters: {', '.join(others)}")
     return differences
@@ -69,20 +70,10 @@ def check_images(first, second):
         raise ValueError(f"not the same images: n is {first['n']} and {second['n']}")
     hashes = [result.get("images") for result in (first, second)]
     names = [result["model"]["dataset"] for result in (first, second)]
-    if None not in hashes:
-        if hashes[0] != hashes[1]:
-            raise ValueError("not the same images: their hashes differ, of images, labels or classes")
-    elif names[0] != names[1]:
-        raise ValueError(f"not the same images: dataset is {names[0]} and {names[1]}")
-    elif not data.is_named(names[0]):
-        raise ValueError(f"no hash says that the images of {names[0]} were the same: evaluate both again")
-
-
-def change_of_overestimate(first, second):
-    """Return the paired_difference of two results in which images are right under PGD-20 and wrong in the worst case:
-    so much of a gain under PGD-20 does not reach the worst case."""
-    right = [{row["name"]: eval_attacks.correct_mask(row) for row in result["attacks"]} for result in (first, second)]
-    return paired_difference(*(masks["PGD-20"] & ~masks["Worst case"] for masks in right))
+    if None not in hashes and hashes[0] != hashes[1]:
+        raise ValueError("not the same images: their hashes differ, of images, labels or classes")
+    if None in hashes and (names[0] != names[1] or not data.is_named(names[0])):
+        raise ValueError(f"no hash of the images, and dataset is {names[0]} and {names[1]}: evaluate both again")
 
 
 def paired_difference(a, b):
@@ -97,36 +88,32 @@ def paired_difference(a, b):
             "interval": (max(-1.0, middle - half), min(1.0, middle + half)), "p": float(p)}
 
 
-def difference_estimator(a, b, all_a, all_b):
-    """Return the difference b - a on all N images under an attack that was run on the first n alone, which must be as
-    good as drawn at random. a, b: (n,) bool outcomes of that attack; all_a, all_b: (N,) of a cheaper one. The estimate
-    is the cheaper one's difference on all N, plus what the two attacks' differences differ by on the n. The dict has
-    n, images (N), difference, its 95 % interval (two-phase sampling, Cochran 1977, chapter 12, with the half images of
-    paired_difference) and p, by the normal distribution."""
-    costly, cheap = b.astype(float) - a, all_b.astype(float) - all_a
-    n, images, error = len(costly), len(cheap), costly - cheap[:len(costly)]
-    variances = [(d @ d + 1) / (n + 2) - (d.sum() / (n + 2)) ** 2 for d in (error, costly)]
-    deviation = math.sqrt(variances[0] * (1 / n - 1 / images) + variances[1] / images)
-    difference = float(cheap.mean() + error.mean())
-    return {"n": n, "images": images, "difference": difference,
-            "interval": (max(-1.0, difference - Z * deviation), min(1.0, difference + Z * deviation)),
-            "p": 2 * float(scipy.stats.norm.sf(abs(difference) / deviation))}
-
-
-def t_interval(values):
-    """Return, for one value a seed, a dict of n, mean, its 95 % interval by Student's t, and the two-sided p of a mean
-    of 0. The last two are None where a single value, or equal ones, have no spread to judge by."""
-    n, mean = len(values), statistics.fmean(values)
-    if n == 1 or statistics.stdev(values) < 1e-12:  # equal accuracies may differ by a rounding
-        return {"n": n, "mean": mean, "interval": None, "p": None}
-    test = scipy.stats.ttest_1samp(values, 0)
-    low, high = test.confidence_interval(0.95)
-    return {"n": n, "mean": mean, "interval": (float(low), float(high)), "p": float(test.pvalue)}
+def over_seeds_and_images(values, cheap=None):
+    """Return the mean of (S, n) values, one for each of S seeds and n images, in a dict with n (S), its 95 % interval
+    and the two-sided p of a mean of 0. Its variance is that of the seeds' means over S plus that of the images' means
+    over n, because all seeds share the images and another experiment would draw both. The chance of one seed on one
+    image is in both, so the interval is rather too wide. It is Student's t with Welch's degrees of freedom; one seed
+    has none but the images'. cheap: (S, N) values of a cheaper attack on N images, the first n as good as drawn at
+    random. The mean is then estimated for all N: cheap's, plus that of the differences on the n (Cochran 1977)."""
+    if cheap is None:
+        cheap = values
+    (seeds, n), images = values.shape, cheap.shape[1]
+    error = values - cheap[:, :n]
+    of_seeds = cheap.mean(axis=1) + error.mean(axis=1)
+    of_error, of_values = (  # with half an image more for each outcome, as in paired_difference
+        (d @ d + 1 / seeds) / (n + 2) - (d.sum() / (n + 2)) ** 2 for d in (error.mean(axis=0), values.mean(axis=0)))
+    variance, freedom = of_error * (1 / n - 1 / images) + of_values / images, math.inf
+    if seeds > 1:
+        parts = np.array([variance, of_seeds.var(ddof=1) / seeds])
+        variance, freedom = parts.sum(), parts.sum() ** 2 / (parts**2 / [n - 1, seeds - 1]).sum()
+    mean, deviation = float(cheap.mean() + error.mean()), math.sqrt(variance)
+    half = deviation * float(scipy.stats.t.ppf(0.975, freedom))
+    return {"n": seeds, "mean": mean, "interval": (max(-1.0, mean - half), min(1.0, mean + half)),
+            "p": 2 * float(scipy.stats.t.sf(abs(mean) / deviation, freedom))}
 
 
 def holm(p_values):
-    """Return Holm's p-values (1979), adjusted for all comparisons of a family. None, which is no p, counts as 1."""
-    p_values = [1.0 if p is None else p for p in p_values]
+    """Return Holm's p-values (1979), adjusted for all comparisons of a family."""
     adjusted, highest = [0.0] * len(p_values), 0.0
     for rank, i in enumerate(sorted(range(len(p_values)), key=p_values.__getitem__)):
         highest = adjusted[i] = max(highest, min(1.0, (len(p_values) - rank) * p_values[i]))
@@ -134,91 +121,89 @@ def holm(p_values):
 
 
 def summarise(found, pairs, paper):
-    """Return what several seeds say: a dict of two lists of dicts, with accuracies in [0, 1]. "rows" has each row's
-    attacks with t_interval over the seeds. "comparisons" has b - a (see difference_over), with Holm's p over all of
-    them; "all_images" is outside Holm's family. found: {row: {seed: {attack: its entry in the JSON}}}. pairs: the
-    (row a, row b) to compare where both are found. paper: {row: {attack: accuracy in %}}."""
+    """Return a dict of two lists of dicts, with accuracies in [0, 1]: "rows" has each row's attacks with
+    over_seeds_and_images, "comparisons" has b - a (see difference_over) with Holm's p over all of them. found: {row:
+    {seed: {attack: its entry in the JSON}}}. pairs: (row a, row b). paper: {row: {attack: accuracy in %}}."""
     rows, comparisons = [], []
     for row, of_seeds in found.items():
         for attack, entry in next(iter(of_seeds.values())).items():
             accuracies = {seed: entries[attack]["accuracy"] for seed, entries in of_seeds.items()}
             rows.append({"row": row, "attack": attack, "images": entry["n"], "accuracies": accuracies,
-                         "paper": paper.get(row, {}).get(attack), **t_interval(list(accuracies.values()))})
+                         "paper": paper.get(row, {}).get(attack),
+                         **over_seeds_and_images(outcomes(of_seeds.values(), attack))})
     for a, b in pairs:
         seeds = [seed for seed in found.get(a, {}) if seed in found.get(b, {})]
-        for attack in found[a][seeds[0]] if seeds else []:
-            all_images, result = difference_over([(found[a][seed], found[b][seed]) for seed in seeds], attack)
+        of_a, of_b = ([found[row][seed] for seed in seeds] for row in (a, b))
+        for attack in of_a[0] if seeds else []:
             published = [paper.get(row, {}).get(attack) for row in (a, b)]
             comparisons.append({
-                "a": a, "b": b, "attack": attack, "seeds": seeds, "images": found[a][seeds[0]][attack]["n"],
-                "over": "images" if len(seeds) == 1 else "seeds", "all_images": all_images,
-                "paper": None if None in published else published[1] - published[0], **result})
+                "a": a, "b": b, "attack": attack, "seeds": seeds, "images": of_a[0][attack]["n"],
+                "paper": None if None in published else published[1] - published[0],
+                **difference_over(of_a, of_b, attack)})
     for comparison, p in zip(comparisons, holm([c["p"] for c in comparisons]), strict=True):
         comparison["p_holm"] = p
     return {"rows": rows, "comparisons": comparisons}
 
 
-def difference_over(pairs, attack):
-    """Return (the difference estimated for all images, or None if the attack saw all; the difference on those that it
-    saw), over the seeds or, with one seed, over its images, which says nothing of another training. pairs: for each
-    seed the two rows' {attack: its entry in the JSON}."""
-    result = t_interval([after[attack]["accuracy"] - before[attack]["accuracy"] for before, after in pairs])
-    estimates = [for_all_images(before, after, attack) for before, after in pairs]
-    if len(pairs) == 1:
-        of_images = paired_difference(*(eval_attacks.correct_mask(entries[attack]) for entries in pairs[0]))
-        return estimates[0], result | {"interval": of_images["interval"], "p": of_images["p"]}
-    return t_interval([estimate["difference"] for estimate in estimates]) if estimates[0] else None, result
+def outcomes(of_seeds, attack):
+    """Return which images are right under an attack, (S, n) of 0 and 1. of_seeds: S dicts {attack: its entry}."""
+    return np.array([eval_attacks.correct_mask(entries[attack]) for entries in of_seeds], dtype=float)
 
 
-def for_all_images(before, after, attack):
-    """Return difference_estimator for an attack that saw fewer images than the worst case, the cheaper one, or None."""
-    entries = [of[name] for name in (attack, "Worst case") for of in (before, after) if name in of]
-    seen_fewer = len(entries) == 4 and entries[0]["n"] < entries[2]["n"]
-    return difference_estimator(*map(eval_attacks.correct_mask, entries)) if seen_fewer else None
+def difference_over(of_a, of_b, attack):
+    """Return over_seeds_and_images of the difference b - a and, as "all_images", the same estimated for the images of
+    the worst case, or None if the attack saw them all. With one seed interval and p are paired_difference's, and say
+    nothing of another training. of_a, of_b: for each seed the row's {attack: its entry in the JSON}."""
+    difference = outcomes(of_b, attack) - outcomes(of_a, attack)
+    result = over_seeds_and_images(difference) | {"all_images": None}
+    if len(of_a) == 1:
+        exact = paired_difference(*(eval_attacks.correct_mask(entries[0][attack]) for entries in (of_a, of_b)))
+        result |= {"interval": exact["interval"], "p": exact["p"]}
+    if "Worst case" in of_a[0] and of_a[0][attack]["n"] < of_a[0]["Worst case"]["n"]:
+        of_worst_case = outcomes(of_b, "Worst case") - outcomes(of_a, "Worst case")
+        result["all_images"] = over_seeds_and_images(difference, of_worst_case)
+    return result
 
 
 def markdown(summary):
-    """Return the two tables of a summary in points; [the paper's values], ± half of a 95 % interval over the seeds."""
-    cells = {(row["row"], row["attack"]): row for row in summary["rows"]}
-    attacks = {row["attack"]: row["images"] for row in summary["rows"]}
-    images = next(iter(attacks.values()))
-    names = [attack if n == images else f"{attack}, first {n}" for attack, n in attacks.items()]
-    lines = [f"| {images} images | seeds | {' | '.join(names)} | p_y > 1 - α |", "| --- " * (len(attacks) + 3) + "|"]
-    for name in dict.fromkeys(row for row, _ in cells):
-        of_row = [cells.get((name, attack)) for attack in attacks]
-        seeds = list(max((cell["accuracies"] for cell in of_row if cell), key=len))
-        texts = [name, f"seed {seeds[0]}" if len(seeds) == 1 else str(len(seeds))]
-        texts += [cell_text(cell) if cell else "" for cell in of_row]
-        share = summary.get("shares", {}).get(name)
-        lines.append(f"| {' | '.join([*texts, '' if share is None else f'{share:.2%}'])} |")
-    if summary["comparisons"]:
-        heads = ("difference, points", "attack", "95 % interval", "p", "Holm's p", "over", "paper")
-        lines += ["", f"| {' | '.join(heads)} |", "| --- " * len(heads) + "|"]
+    """Return the two tables of a summary in points; ± half of a 95 % interval, [the paper's values]."""
+    heads = dict.fromkeys(f"{entry['attack']}, n {entry['images']}" for entry in summary["rows"])
+    levels = [["row", "seeds", *heads, "p_y > 1 - α"]]
+    for row in dict.fromkeys(entry["row"] for entry in summary["rows"]):
+        entries = [entry for entry in summary["rows"] if entry["row"] == row]
+        seeds = list(entries[0]["accuracies"])
+        share = f"{summary['shares'][row]:.2%}" if row in summary.get("shares", {}) else ""
+        which = f"seed {seeds[0]}" if len(seeds) == 1 else str(len(seeds))
+        levels.append([row, which, *map(cell_text, entries), share])
+    differences = [["difference, points", "attack", "95 % interval", "p", "Holm's p", "over", "paper"]]
     for c in summary["comparisons"]:
-        over = f"{c['n']} seeds" if c["over"] == "seeds" else f"images of seed {c['seeds'][0]} alone"
-        last = "" if c["paper"] is None else f"{c['paper']:+.2f}"
-        lines.append(f"| {c['b']} - {c['a']} | {c['attack']} | {in_words(c)} | {c['p_holm']:.2g} | {over} | {last} |")
+        over = f"images of seed {c['seeds'][0]} alone" if c["n"] == 1 else f"{c['n']} seeds, {c['images']} images"
+        paper = "" if c["paper"] is None else f"{c['paper']:+.2f}"
+        differences.append([f"{c['b']} - {c['a']}", c["attack"], in_words(c), f"{c['p_holm']:.2g}", over, paper])
         if c["all_images"]:
-            lines.append(f"| | estimated for all images | {in_words(c['all_images'])} | | {over} | |")
-    return "\n".join(lines)
+            differences.append(["", "estimated for all images", in_words(c["all_images"]), "", over, ""])
+    return "\n\n".join(table(lines) for lines in (levels, differences) if len(lines) > 1)
 
 
-def cell_text(row):
-    """Return an accuracy as in "56.10 ± 0.31 [57.32]"; row: an entry of a summary's "rows"."""
-    text = f"{100 * row['mean']:.2f}"
-    if row["interval"]:
-        text += f" ± {50 * (row['interval'][1] - row['interval'][0]):.2f}"
-    if row["paper"] is not None:
-        text += f" [{row['paper']:.2f}]"
-    return text
+def table(lines):
+    """Return lists of texts, the first of which is the head, as a table in Markdown."""
+    lines.insert(1, ["---"] * len(lines[0]))
+    return "\n".join(f"| {' | '.join(texts)} |" for texts in lines)
+
+
+def cell_text(entry):
+    """Return an accuracy as in "56.10 ± 0.31 [57.32]"; entry: one of a summary's "rows"."""
+    low, high = entry["interval"]
+    paper = "" if entry["paper"] is None else f" [{entry['paper']:.2f}]"
+    return f"{100 * entry['mean']:.2f} ± {50 * (high - low):.2f}{paper}"
 
 
 def in_words(result, before_p=" | "):
-    """Return "-0.24 (-0.60 to +0.13) | 0.22": a difference in points, its interval, and p."""
-    difference, ends = result["mean" if "mean" in result else "difference"], result["interval"]
-    interval = "({:+.2f} to {:+.2f})".format(*(100 * end for end in ends)) if ends else "no spread"
+    """Return "-0.24 (-0.60 to +0.13) | 0.22": a difference in points, its interval, and p (empty if None)."""
+    difference = result["mean"] if "mean" in result else result["difference"]
+    low, high = result["interval"]
     p = "" if result["p"] is None else f"{result['p']:.2g}"
-    return f"{100 * difference:+.2f} {interval}{before_p}{p}"
+    return f"{100 * difference:+.2f} ({100 * low:+.2f} to {100 * high:+.2f}){before_p}{p}"
 
 
 if __name__ == "__main__":

@@ -9,9 +9,10 @@
         'exec python reproduce.py table3 --scale paper --cell $SLURM_ARRAY_TASK_ID'
     python reproduce.py table3 --scale paper --cell 3 --dry-run | sed 's/^python/torchrun --nproc-per-node=8/' | bash -e
 
-A cell is one row of a table with one seed: a line of train_cifar.py and lines of eval_attacks.py. What is finished is
-skipped, what was interrupted goes on; a cell's output is in output.log in its run directory. Exit status 0; 1 if a cell
-failed or has a result of another recipe; 130 or 143 after Ctrl-C, or SIGTERM and --minutes, when all cells have saved.
+A cell is one row of a table with one seed: a line of train_cifar.py and lines of eval_attacks.py, whose output is in
+output.log in its run directory. What is finished is skipped, what was interrupted goes on. Exit status 0; 1 if a cell
+failed or has results of another recipe or of two models; 130 or 143 after Ctrl-C, or SIGTERM and --minutes, when all
+cells have saved.
 """
 
 import csv
@@ -21,11 +22,11 @@ import pathlib
 import re
 import shlex
 import signal
-import statistics
 import subprocess
 import sys
+import threading
 import time
-import types
+from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 import torch
@@ -47,11 +48,12 @@ except ImportError:  # Windows, where nothing stops a second process from workin
 class Recipe(NamedTuple):
     """One target at one scale. In its flags {data} stands for --data-dir, and {aux} for the file of pseudo-labels."""
 
-    rows: dict  # {name of a row: the flags of its training that are its own}
+    rows: list  # the names of the rows, which say how each is trained: see row_flags
     train: str  # the flags of all trainings
     evaluate: dict  # {how the JSON's name ends: the model file and the flags of its evaluation}
     runs: str = ""  # the folder in runs/ (default: TARGET-SCALE); rows of one name in one folder are one training
     results: str = ""  # the folder in results/ (the same default)
+    own: dict = {}  # {first word of a row's name: more flags of its training}
     seeds: tuple = (1,)
     label: str = ""  # the flags of pseudo_label.py after the row "labeller", which makes {aux}
     evaluate_labeller: str = ""
@@ -66,21 +68,16 @@ RATE_DECAY = f"{RATE} --weight-decay 5e-4"
 ALL = "--attacks natural fgsm pgd cw"
 TWO_CW = f"{ALL} --kappas 50 0"
 LS = "--attacks natural pgd-kl pgd-ls --alphas"
+LAST_AND_BEST = {"": f"last.pt {TWO_CW} {FAST}", "-best": f"best.pt {TWO_CW} {FAST}"}
 SIXTEEN = "0 1e-5 5e-5 1e-4 1e-3 1e-2 0.1 0.2 0.3 0.4 0.5 0.6 0.7 0.8 0.9 1"
-TABLE_3 = {  # each method without and with SPAT; trades-spat0 has CE for KL in the attack, and no smoothing
-    "madry": "--defense madry", "madry-spat0.2": "--defense madry --spat-alpha 0.2",
-    "trades": "--defense trades", "trades-spat0": "--defense trades --spat-alpha 0",
-    "trades-spat0.1": "--defense trades --spat-alpha 0.1",
-    "mart": "--defense mart", "mart-spat0.3": "--defense mart --spat-alpha 0.3"}
-TABLE_3_CIFAR100 = {
-    "madry": "--defense madry --weight-decay 2e-4", "trades": "--defense trades --weight-decay 2e-4",
-    "trades-spat0": "--defense trades --spat-alpha 0 --weight-decay 2e-4",
-    "trades-spat0.1": "--defense trades --spat-alpha 0.1 --weight-decay 2e-4",
-    "mart": "--defense mart --weight-decay 7e-4", "mart-spat0.2": "--defense mart --spat-alpha 0.2 --weight-decay 7e-4"}
-RST_DIGITS, RST_CPU = "--recipe rst --epochs 6 --epsilon 0.05", "--recipe rst --epochs 6"
-FIGURE_4 = {"standard": "--defense standard", "madry": "--defense madry"}
-FIGURE_5 = {f"eps{radius}-alpha{alpha}": f"--defense madry --spat-alpha {alpha} --epsilon {radius}/255"
-            for radius in (4, 8, 16) for alpha in ("0", "0.2", "0.4", "0.6", "0.8", "1")}
+# each method without and with SPAT; trades-spat0 has CE for KL in the attack, and no smoothing
+TABLE_3 = ["madry", "madry-spat0.2", "trades", "trades-spat0", "trades-spat0.1", "mart", "mart-spat0.3"]
+TABLE_3_CIFAR100 = ["madry", "trades", "trades-spat0", "trades-spat0.1", "mart", "mart-spat0.2"]
+RST = ["rst", "rst-spat0", "rst-spat0.1", "mart", "mart-spat0.1"]
+RST_FLAGS = "--recipe rst --epochs 6"
+RST_AUX = f"{RST_FLAGS} --aux-data {{aux}}"
+FIGURE_4 = ["standard", "madry"]
+FIGURE_5 = [f"eps{epsilon}-alpha{alpha}" for epsilon in (4, 8, 16) for alpha in ("0", "0.2", "0.4", "0.6", "0.8", "1")]
 
 RECIPES = {
     ("table3", "digits"): Recipe(TABLE_3, f"--epochs 5 {DIGITS}", {"": f"last.pt {ALL} {SMALL}"}),
@@ -97,37 +94,28 @@ RECIPES = {
         TABLE_3, f"--arch resnet-18 --val-size 0 --epochs 8 {RATE_DECAY} --precision bf16 --compile graphs",
         {"": f"last.pt {ALL} --batch-size 1000 {EAGER}"}),
     ("table3", "paper"): Recipe(
-        {row: TABLE_3[row] for row in ("madry", "trades", "trades-spat0.1", "mart", "mart-spat0.3")},
-        FAST, {"": f"last.pt {TWO_CW} {FAST}", "-best": f"best.pt {TWO_CW} {FAST}"}),
+        ["madry", "trades", "trades-spat0.1", "mart", "mart-spat0.3"], FAST, LAST_AND_BEST),
     ("table3-cifar100", "cpu"): Recipe(
         TABLE_3_CIFAR100, "--dataset {data}/cifar-100-png --arch wrn-10-1 --step-size 4/255 --num-steps 3 --val-size 0 "
-        f"--epochs 3 --batch-size 64 {RATE} {EXACT}", {"": f"last.pt {ALL} {SMALL}"}),
+        f"--epochs 3 --batch-size 64 {RATE} {EXACT}", {"": f"last.pt {ALL} {SMALL}"},
+        own={"madry": "--weight-decay 2e-4", "trades": "--weight-decay 2e-4", "mart": "--weight-decay 7e-4"}),
     ("table3-cifar100", "paper"): Recipe(
-        {row: flags for row, flags in TABLE_3_CIFAR100.items() if row != "trades-spat0"},
-        f"--dataset cifar100 {FAST}", {"": f"last.pt {TWO_CW} {FAST}", "-best": f"best.pt {TWO_CW} {FAST}"}),
+        ["madry", "trades", "trades-spat0.1", "mart", "mart-spat0.2"], f"--dataset cifar100 {FAST}", LAST_AND_BEST),
     # trades-300 and trades-10000 train on the labelled images alone
     ("table4", "digits"): Recipe(
-        {"labeller": "--defense standard --epochs 30", "trades-300": f"--defense trades {RST_DIGITS}",
-         "rst": f"--defense trades {RST_DIGITS} --aux-data {{aux}}",
-         "rst-spat0": f"--defense trades --spat-alpha 0 {RST_DIGITS} --aux-data {{aux}}",
-         "rst-spat0.1": f"--defense trades --spat-alpha 0.1 {RST_DIGITS} --aux-data {{aux}}",
-         "mart": f"--defense mart {RST_DIGITS} --aux-data {{aux}}",
-         "mart-spat0.1": f"--defense mart --spat-alpha 0.1 {RST_DIGITS} --aux-data {{aux}}"},
-        f"--arch wrn-10-1 --limit-train 300 {RATE} {DIGITS}",
+        ["labeller", "trades-300", *RST], f"--arch wrn-10-1 --limit-train 300 {RATE} {DIGITS}",
         {"": f"last.pt --attacks natural pgd --epsilon 0.05 --num-images 200 {SMALL}"},
+        own={"labeller": "--epochs 30", "trades": f"{RST_FLAGS} --epsilon 0.05", "rst": f"{RST_AUX} --epsilon 0.05",
+             "mart": f"{RST_AUX} --epsilon 0.05"},
         label="--dataset digits --skip 300", evaluate_labeller=f"last.pt --attacks natural {SMALL}"),
     ("table4", "cpu"): Recipe(
-        {"labeller": "--defense standard --val-size 0 --epochs 20 --weight-decay 5e-4",
-         "trades-10000": f"--defense trades {RST_CPU}", "rst": f"--defense trades {RST_CPU} --aux-data {{aux}}",
-         "rst-spat0": f"--defense trades --spat-alpha 0 {RST_CPU} --aux-data {{aux}}",
-         "rst-spat0.1": f"--defense trades --spat-alpha 0.1 {RST_CPU} --aux-data {{aux}}",
-         "mart": f"--defense mart {RST_CPU} --aux-data {{aux}}",
-         "mart-spat0.1": f"--defense mart --spat-alpha 0.1 {RST_CPU} --aux-data {{aux}}"},
+        ["labeller", "trades-10000", *RST],
         f"--arch wrn-16-2 --limit-train 10000 --batch-size 128 {RATE} {FAST}", {"": f"last.pt --protocol rst {FAST}"},
-        "rst", "rst", label="--dataset cifar10 --skip 10000", evaluate_labeller=f"last.pt --attacks natural {EAGER}"),
+        "rst", "rst", own={"labeller": "--val-size 0 --epochs 20 --weight-decay 5e-4", "trades": RST_FLAGS,
+                           "rst": RST_AUX, "mart": RST_AUX},
+        label="--dataset cifar10 --skip 10000", evaluate_labeller=f"last.pt --attacks natural {EAGER}"),
     ("table4", "paper"): Recipe(
-        {"rst": "--defense trades", "mart": "--defense mart",
-         "rst-spat0.1": "--defense trades --spat-alpha 0.1", "mart-spat0.1": "--defense mart --spat-alpha 0.1"},
+        ["rst", "mart", "rst-spat0.1", "mart-spat0.1"],
         f"--recipe rst --aux-data ti_500K_pseudo_labeled.pickle {FAST}", {"": f"last.pt --protocol rst {FAST}"}),
     ("figure4", "digits"): Recipe(
         FIGURE_4, f"--epochs 5 {DIGITS}", {"": f"last.pt {LS} 0 0.1 0.5 1 --num-images 200 {SMALL}"}, "table3-digits"),
@@ -136,8 +124,7 @@ RECIPES = {
         "table3", "attack-strength"),
     ("figure4", "paper"): Recipe(FIGURE_4, FAST, {"": f"last.pt {LS} {SIXTEEN} {FAST}"}, "table3-paper"),
     ("figure5", "digits"): Recipe(
-        {f"eps{epsilon}-alpha{alpha}": f"--defense madry --spat-alpha {alpha} --epsilon {epsilon}"
-         for epsilon in ("0.025", "0.05") for alpha in ("0", "0.4", "1")},
+        [f"eps{epsilon}-alpha{alpha}" for epsilon in ("0.025", "0.05") for alpha in ("0", "0.4", "1")],
         f"--random-start uniform --limit-train 600 --epochs 3 {DIGITS}",
         {"": f"last.pt --attacks natural pgd --epsilon 0.05 --num-images 200 {SMALL}"}),
     ("figure5", "cpu"): Recipe(
@@ -159,6 +146,7 @@ PAIRS += [(f"eps{epsilon}-alpha0", f"eps{epsilon}-alpha{alpha}")
           for epsilon in ("4", "8", "16", "0.025", "0.05") for alpha in ("0.2", "0.4", "0.6", "0.8", "1")]
 ELSEWHERE = {"results/table3/trades-spat0": "results/table3/trades-spat0-last"}  # the former's JSON is of epoch 5
 HERE = pathlib.Path(__file__).parent  # of the scripts
+LOCK = threading.Lock()  # one thread at a time chooses a cell, starts a process, or stops them all
 
 
 def main(argv=None):
@@ -177,8 +165,7 @@ def main(argv=None):
         if not args.report:
             failed, stopped = run(unfinished, slots, args.minutes)
             failed |= {cell: "; ".join(differing) for cell, (_, differing) in states.items() if differing}
-        if not args.cell:
-            report(args)
+        report(args, ran=[cell for cell in unfinished if not missing_and_differing(cell)[0]])
     except (ValueError, OSError) as error:
         parser.error(error)
     for cell, why in failed.items():
@@ -195,17 +182,19 @@ def parse_args(argv=None):
         "classes that the models are sure of, table3 alone; cpu: hours; gpu: one H100, table3 alone; paper: its own")
     add("--seeds", nargs="+", type=runtime.natural_int, metavar="S", help="default: 1; confident: 1 to 5")
     add("--cell", type=runtime.positive_int, metavar="N", help="the N-th cell alone, from 1: seed by seed, row by row")
-    add("--jobs", type=runtime.positive_int, metavar="N",
-        help="cells at once on a CPU, whose cores they share (default: one a core, at most 4); on GPUs it is one a GPU")
+    add("--jobs", type=runtime.positive_int, metavar="N", help="cells at once on a CPU (default: one a core, up to 4)")
     add("--minutes", type=runtime.positive_float, metavar="M", help="stop after so long, when all cells have saved")
     add("--dry-run", action="store_true", help="print the commands that would be run")
-    add("--report", action="store_true", help="run nothing; print the tables, and write results/TARGET-SCALE.json")
+    add("--report", action="store_true", help="run nothing; print the tables, and write TARGET-SCALE.json")
+    add("--results-dir", default="results", metavar="DIR", help="where results are looked for and written: another "
+        "folder keeps yours apart from those that came with the repository (default: results)")
     add("--data-dir", default="data", metavar="DIR", help="where CIFAR is, or is downloaded to (default: data)")
     args = parser.parse_args(argv)
     args.keys = [key for key in RECIPES if args.target in (None, "all", key[0]) and args.scale in (None, key[1])]
+    args.folders = args.data_dir, args.results_dir
     args.cells = []
     if args.keys and args.target and not args.report:
-        args.cells = cells_of(args.keys, args.seeds or RECIPES[args.keys[0]].seeds, args.data_dir)
+        args.cells = cells_of(args.keys, args.seeds or RECIPES[args.keys[0]].seeds, *args.folders)
     for wrong, why in (
         (bool(args.target) != bool(args.scale), "TARGET and --scale go together"),
         (not args.target and (args.report or args.dry_run or args.cell), "--report, --dry-run, --cell need a TARGET"),
@@ -222,59 +211,68 @@ def parse_args(argv=None):
 
 
 def run(cells, slots, minutes=None):
-    """Finish the cells, as many at once as there are slots. Cells with one run directory take turns; where another
-    process is at work, it is waited for. Return ({cell: why it failed}, the signal that stopped it or None), which
-    is SIGTERM after so many minutes. A stopped cell has saved."""
+    """Finish the cells, in a thread for each slot. Cells with one run directory take turns; where another process is at
+    work, it is waited for. Return ({cell: why it failed}, the signal that stopped it or None), which is SIGTERM after
+    so many minutes. A stopped cell has saved."""
     check_compiler(cells)
-    waiting, jobs, free, failed, stopped, elsewhere = list(cells), {}, list(slots), {}, [], set()
+    waiting, at_work, failed, told = list(cells), [], {}, set()
+    children, stopped = [], []  # all processes; the signal, once they are told to stop
     end = time.monotonic() + 60 * minutes if minutes else float("inf")
     bar = tqdm(total=len(cells), unit="cell", dynamic_ncols=True, disable=not cells)
-    with bar, runtime.deferred_signals(second=signal.default_int_handler) as received:
+
+    def work(slot):
+        while waiting and not stopped:
+            with LOCK:
+                runs, unfinished = [cell.run for cell in at_work], [*waiting, *at_work]
+                cell = next((cell for cell in waiting if cell.run not in runs and cell.after not in unfinished), None)
+                if cell:
+                    waiting.remove(cell)
+                    at_work.append(cell)
+                    bar.set_postfix_str(", ".join(map(str, at_work)))
+            if not cell:
+                time.sleep(0.1)
+                continue
+            try:
+                finish(cell, slot, children, stopped)
+                bar.update()
+            except BlockingIOError:
+                if cell not in told:
+                    bar.write(f"{cell.run}: another process is at work there, waiting for it", file=sys.stderr)
+                told.add(cell)
+                waiting.append(cell)
+                time.sleep(0.1)
+            except (ValueError, OSError) as error:
+                failed[cell] = str(error)
+                bar.write(f"failed: {cell}", file=sys.stderr)
+                bar.update()
+            finally:
+                with LOCK:
+                    at_work.remove(cell)
+
+    signals, pool = runtime.deferred_signals(second=signal.default_int_handler), ThreadPoolExecutor(len(slots))
+    with bar, signals as received, pool:
+        threads = [pool.submit(work, slot) for slot in slots]
         try:
-            while waiting or jobs:
+            while not all(thread.done() for thread in threads):
                 if (received or time.monotonic() > end) and not stopped:
-                    stopped.append(received[0] if received else signal.SIGTERM)
-                    waiting = []
-                    for job in jobs.values():
-                        job.process.terminate()
-                for cell in list(waiting):
-                    if free and cell.run not in [at.run for at in jobs] and cell.after not in [*waiting, *jobs]:
-                        waiting.remove(cell)
-                        slot = free.pop()
-                        jobs[cell] = types.SimpleNamespace(work=work(cell, slot, stopped), slot=slot, process=None)
-                for cell, job in list(jobs.items()):
-                    if job.process and job.process.poll() is None:
-                        continue
-                    try:
-                        job.process = next(job.work)
-                        continue
-                    except StopIteration:
-                        bar.update()
-                    except BlockingIOError:
-                        waiting.append(cell)
-                        if cell not in elsewhere:
-                            bar.write(f"{cell.run}: another process is at work there, waiting for it", file=sys.stderr)
-                        elsewhere.add(cell)
-                    except (ValueError, OSError) as error:
-                        failed[cell] = str(error)
-                        bar.write(f"failed: {cell}", file=sys.stderr)
-                        bar.update()
-                    free.append(jobs.pop(cell).slot)
-                if (now := ", ".join(map(str, jobs))) != bar.postfix:
-                    bar.set_postfix_str(now)
+                    with LOCK:
+                        stopped.append(received[0] if received else signal.SIGTERM)
+                        for process in children:
+                            process.terminate()
                 time.sleep(0.1)
         finally:  # with what a second Ctrl-C leaves
-            for job in jobs.values():
-                if job.process:
-                    job.process.kill()
+            for process in children:
+                process.kill()
+    for thread in threads:
+        thread.result()  # raises what the thread has raised
     return failed, stopped[0] if stopped else None
 
 
-def work(cell, slot, stopped):
-    """Run the commands that finish a cell, one after the other. Yield each one's process, and go on when it has ended.
-    What they print goes to the end of output.log in the run directory. Raise BlockingIOError where another process is
-    at work, and ValueError if a command fails or leaves a result that is not the recipe's. slot: environment variables.
-    stopped: a list that is filled when the processes are told to stop."""
+def finish(cell, slot, children, stopped):
+    """Run the commands that finish a cell, one after the other; what they print goes to the end of output.log in the
+    run directory. Raise BlockingIOError where another process is at work, and ValueError if a command fails or leaves
+    a result that is not the recipe's. slot: environment variables. children: a list to which the processes are added.
+    stopped: a list that is filled when they are told to stop."""
     cell.run.mkdir(parents=True, exist_ok=True)
     with open(cell.run / "output.log", "ab", buffering=0) as log:
         try:  # flock on this descriptor, which the commands inherit: it is locked as long as one of them lives, even
@@ -284,22 +282,25 @@ def work(cell, slot, stopped):
             if isinstance(error, BlockingIOError):  # and not a network file system that has no locks
                 raise
         cell.log.parent.mkdir(parents=True, exist_ok=True)
-        commands = todo(cell)
-        while commands and not stopped:
-            script, *flags = commands.pop(0)
+        for script, *flags in todo(cell):
+            if script == "train_cifar.py" and cell.after and not cell.labels.exists():
+                first = f"python reproduce.py {cell.target} --scale {cell.scale} --seeds {cell.seed} --cell 1"
+                raise ValueError(f"{cell.labels} is missing, run this first: {first}")
             log.write(f"$ {shlex.join(['python', script, *flags])}\n".encode())
-            process = subprocess.Popen(  # in a group of its own: Ctrl-C is not to reach it besides what run() sends
-                [sys.executable, HERE / script, *flags], stdin=subprocess.DEVNULL, stdout=log, stderr=log,
-                env=os.environ | slot, process_group=0)
-            yield process
+            with LOCK:
+                if stopped:
+                    return
+                process = subprocess.Popen(  # in a group of its own: Ctrl-C is not to reach it besides what run() sends
+                    [sys.executable, HERE / script, *flags], stdin=subprocess.DEVNULL, stdout=log, stderr=log,
+                    env=os.environ | slot, process_group=0)
+                children.append(process)
+            process.wait()
             if stopped and process.returncode in (128 + signal.SIGTERM, -signal.SIGTERM):
                 return
             if process.returncode:
                 text = pathlib.Path(log.name).read_text(errors="replace").strip().replace("\r", "\n")
                 last = text.rpartition("\n")[-1].strip()
                 raise ValueError(f"exit status {process.returncode}, see {log.name}: {last}")
-        if commands:  # it was stopped between two
-            return
         missing, differing = missing_and_differing(cell)
         if missing or differing:
             raise ValueError(f"{', '.join(map(str, missing))} not written" if missing else "; ".join(differing))
@@ -328,6 +329,18 @@ def job_slots(jobs=None):
     return [{"OMP_NUM_THREADS": str(max(1, cores // jobs))}] * jobs
 
 
+def row_flags(row):
+    """Return the flags of train_cifar.py that a row's name stands for: mart-spat0.3, rst, labeller, eps8-alpha0.4."""
+    if row.startswith("eps"):
+        epsilon, alpha = row.removeprefix("eps").split("-alpha")
+        if "." not in epsilon:
+            epsilon += "/255"
+        return f"--defense madry --spat-alpha {alpha} --epsilon {epsilon}"
+    method, _, alpha = row.partition("-spat")
+    defense = {"rst": "trades", "labeller": "standard"}.get(method, method.split("-")[0])  # as of trades-300
+    return f"--defense {defense} --spat-alpha {alpha}" if alpha else f"--defense {defense}"
+
+
 class Cell(NamedTuple):
     """One row of a recipe with one seed."""
 
@@ -336,40 +349,37 @@ class Cell(NamedTuple):
     row: str
     seed: int
     data_dir: str = "data"
+    results_dir: str = "results"
 
     def __str__(self):
         return f"{self.target} {self.scale} {self.row} seed {self.seed}"
 
     def path(self, folder, name, end=""):
-        """Return where a file of the cell is; folder: "runs" or "results"."""
-        of_recipe = getattr(RECIPES[self[:2]], folder) or f"{self.target}-{self.scale}"
-        return pathlib.Path(folder, of_recipe, f"{name}{end}" if self.seed == 1 else f"{name}-s{self.seed}{end}")
+        """Return where a file of the cell is; folder: "runs" or that of the results."""
+        of_recipe = self.recipe.runs if folder == "runs" else self.recipe.results
+        if self.seed != 1:
+            name += f"-s{self.seed}"
+        return pathlib.Path(folder, of_recipe or f"{self.target}-{self.scale}", name + end)
 
-    @property
-    def run(self):
-        return self.path("runs", self.row)
-
-    @property
-    def log(self):
-        return self.path("results", self.row, ".log.csv")
-
-    @property
-    def after(self):  # the cell that must be finished before, for its file of pseudo-labels
-        return self._replace(row="labeller") if self.row != "labeller" else None
+    recipe = property(lambda self: RECIPES[self.target, self.scale])
+    run = property(lambda self: self.path("runs", self.row))
+    log = property(lambda self: self.path(self.results_dir, self.row, ".log.csv"))
+    labels = property(lambda self: self.path("runs", "pseudo", ".npz"))  # of the row "labeller"
+    own_flags = property(lambda self: f"{row_flags(self.row)} {self.recipe.own.get(self.row.split('-')[0], '')}")
+    after = property(lambda self: self._replace(row="labeller") if "{aux}" in self.own_flags else None)  # that cell
 
     def command(self, script, flags):
-        aux = self.path("runs", "pseudo", ".npz")
-        words = [script, *(flag.format(data=self.data_dir, aux=aux) for flag in flags.split())]
+        words = [script, *(flag.format(data=self.data_dir, aux=self.labels) for flag in flags.split())]
         return words if self.data_dir == "data" else [*words, "--data-dir", self.data_dir]
 
     def training(self):
-        recipe, own = RECIPES[self[:2]], f"--seed {self.seed} --out-dir {self.run}"
-        return self.command("train_cifar.py", f"{recipe.rows[self.row]} {recipe.train} {own}")
+        flags = f"{self.own_flags} {self.recipe.train} --seed {self.seed} --out-dir {self.run}"
+        return self.command("train_cifar.py", flags)
 
     def evaluations(self):
-        """Return {JSON: the command that writes it}."""
-        recipe, result = RECIPES[self[:2]], self.path("results", self.row).as_posix()
-        evaluate = {"": recipe.evaluate_labeller} if self.row == "labeller" else recipe.evaluate
+        """Return {JSON: the command that writes it}, whose third word is the model file."""
+        result = self.path(self.results_dir, self.row).as_posix()
+        evaluate = {"": self.recipe.evaluate_labeller} if self.row == "labeller" else self.recipe.evaluate
         paths = {f"{ELSEWHERE.get(result, result)}{end}.json": flags for end, flags in evaluate.items()}
         return {pathlib.Path(path): self.command("eval_attacks.py", f"--model-path {self.run}/{flags} --json {path}")
                 for path, flags in paths.items()}
@@ -378,26 +388,26 @@ class Cell(NamedTuple):
         """Return {file of pseudo-labels: the command that writes it} of the row "labeller", else {}."""
         if self.row != "labeller":
             return {}
-        flags = f"--model-path {self.run}/last.pt --output {{aux}} {RECIPES[self[:2]].label}"
-        return {self.path("runs", "pseudo", ".npz"): self.command("pseudo_label.py", flags)}
+        flags = f"--model-path {self.run}/last.pt --output {{aux}} {self.recipe.label}"
+        return {self.labels: self.command("pseudo_label.py", flags)}
 
 
-def cells_of(keys, seeds, data_dir):
+def cells_of(keys, seeds, data_dir="data", results_dir="results"):
     """Return the cells of these recipes seed by seed, so that what is finished is balanced. seeds None: the recipe's,
-    and those of which results/ holds a file."""
+    and those of which the folder of results holds a file."""
     cells = []
     for key in keys:
-        names = " ".join(path.name for path in Cell(*key, "", 1).log.parent.glob("*.json"))
-        found = [int(seed) for seed in re.findall(r"-s(\d+)(?:-[a-z]+)?\.json", names)]
+        files = Cell(*key, "", 1, data_dir, results_dir).log.parent.glob("*.json")
+        found = [int(seed) for path in files for seed in re.findall(r"-s(\d+)(?:-[a-z]+)?\.json", path.name)]
         for seed in set(seeds or [*RECIPES[key].seeds, *found]):
-            cells += [Cell(*key, row, seed, data_dir) for row in RECIPES[key].rows]
+            cells += [Cell(*key, row, seed, data_dir, results_dir) for row in RECIPES[key].rows]
     return sorted(cells, key=lambda cell: cell.seed)
 
 
 def missing_and_differing(cell):
-    """Return ({file: the command that writes it} of what is not there whole, what in the rest differs from the recipe,
-    as a list of texts)."""
-    missing, differing = {}, []
+    """Return ({file: the command that writes it} of what is not there whole, what in the rest differs from the recipe
+    or is of a second model, as a list of texts)."""
+    missing, differing, models = {}, [], {}  # models: {model file: (its sha256, the JSON that states it)}
     for path, command in cell.evaluations().items():
         try:
             result = eval_attacks.read(path)
@@ -405,9 +415,18 @@ def missing_and_differing(cell):
             result = {}
         if not result.get("complete"):
             missing[path] = command
-        elif words := trained_otherwise(result["model"].get("args", {}), cell) + evaluated_otherwise(result, command):
+            continue
+        words = trained_otherwise(result["model"].get("args", {}), cell) + evaluated_otherwise(result, command)
+        sha256 = result["model"].get("sha256", "unknown")
+        first, stated_by = models.setdefault(command[2], (sha256, path))
+        if sha256 != first:
+            words.append(f"mixed, of another model than {stated_by}")
+        if words:
             differing.append(f"{path}: {', '.join(words)}")
-    missing |= {path: command for path, command in cell.labelling().items() if not path.exists()}
+    for path, command in cell.labelling().items():
+        rows = [cell._replace(row=row) for row in cell.recipe.rows]
+        if not path.exists() and any(missing_and_differing(row)[0] for row in rows if row.after == cell):
+            missing[path] = command
     return missing, differing
 
 
@@ -439,10 +458,14 @@ def evaluated_otherwise(result, command):
 
 def todo(cell):
     """Return the commands that finish a cell. Raise ValueError if its run directory holds a run of another recipe, or
-    none that is whole."""
-    commands = list(missing_and_differing(cell)[0].values())
+    none that is whole, or not the model of a result that is there."""
+    missing, _ = missing_and_differing(cell)
+    commands = list(missing.values())
     if not commands:
         return []
+    for path in cell.evaluations().keys() - missing.keys():
+        if not has_model(cell, path):
+            raise ValueError(f"{path} is of a model that is not in {cell.run}: move it away, or use --results-dir")
     if not any((cell.run / name).exists() for name in ("last.pt", "last.prev.pt")):
         return [cell.training(), *commands]
     found = train_cifar.load_run(cell.run)
@@ -453,16 +476,10 @@ def todo(cell):
     return commands
 
 
-def on_other_images(cell, seen):
-    """Return which results of a cell are of other images than as many were before, as a list of texts. seen: {number of
-    images: their hash}, which is filled here; results older than the hash have none."""
-    words = []
-    for path in cell.evaluations():
-        result = eval_attacks.read(path)
-        images = result.get("images")
-        if images is not None and images != seen.setdefault(result["n"], images):
-            words.append(f"{path}: other images than the cells before")
-    return words
+def has_model(cell, path):
+    """Return whether the run directory of a cell has the model of which its result at path is."""
+    model = cell.evaluations()[path][2]
+    return os.path.exists(model) and checkpoints.sha256(model) == eval_attacks.read(path)["model"].get("sha256")
 
 
 def outcomes(cell):
@@ -482,52 +499,70 @@ def outcomes(cell):
 
 
 def log_rows(cell):
-    """Return the rows of a cell's log.csv, or []."""
-    for path in (cell.log, cell.run / "log.csv"):
-        if path.exists():
-            return list(csv.DictReader(path.read_text().splitlines()))
-    return []
+    return list(csv.DictReader(cell.log.read_text().splitlines())) if cell.log.exists() else []
 
 
-def report(args):
-    """Print the tables of each target's finished cells of all seeds, and write results/TARGET-SCALE.json."""
-    for target, scale in args.keys:
-        found, shares, unfinished, differing, images = {}, {}, [], {}, {}
-        for cell in cells_of([(target, scale)], None, args.data_dir):
-            missing, words = missing_and_differing(cell)
-            if cell.row == "labeller":
-                continue
-            if not missing:
-                words = words + on_other_images(cell, images)
-            if words:
-                differing[str(cell)] = "; ".join(words)
-            elif missing:
-                unfinished.append(str(cell))
-            else:
-                found.setdefault(cell.row, {})[cell.seed] = outcomes(cell)
-                for row in log_rows(cell)[-1:]:
-                    if row["share_p_y_above_1_minus_alpha"]:
-                        shares.setdefault(cell.row, []).append(float(row["share_p_y_above_1_minus_alpha"]))
-        print(f"\n## {target}, {scale} scale\n")
-        if found:
-            found = {row: found[row] for row in RECIPES[target, scale].rows if row in found}
-            paper = {row: values for (of, row), values in PAPER.items() if of == target}
-            summary = compare.summarise(found, PAIRS, paper) | {
-                "shares": {row: statistics.fmean(values) for row, values in shares.items()},
-                "unfinished": unfinished, "of_another_recipe": differing}
-            checkpoints.write_atomically(f"results/{target}-{scale}.json", json.dumps(summary, indent=1).encode())
-        print(f"{compare.markdown(summary) if found else 'Nothing is finished.'}\n")
-        if unfinished:
-            print(f"not finished: {len(unfinished)} of its cells")
-        for cell, words in differing.items():
-            print(f"left out: {cell}: {words}")
+def report(args, ran):
+    """Print how many cells were run now (ran), and how many before; unless it is one --cell, print all tables."""
+    cells = args.cells if args.cell else cells_of(args.keys, None, *args.folders)
+    before = [cell for cell in cells if cell not in ran and not any(missing_and_differing(cell))]
+    here = [cell for cell in before if all(has_model(cell, path) for path in cell.evaluations())]
+    now = f"Cells run now: {len(ran)}" if ran else "Nothing was run"
+    print(f"{now}; before: {len(here)}; came with the repository, or from elsewhere: {len(before) - len(here)}")
+    if not args.cell:
+        for key in args.keys:
+            print_tables(key, args.folders)
+
+
+def print_tables(key, folders):
+    """Print the tables of a target at a scale, and write TARGET-SCALE.json."""
+    found, paper, shares, unfinished, differing, images = {}, {}, {}, [], {}, {}
+    for cell in cells_of([key], None, *folders):
+        missing, words = missing_and_differing(cell)
+        if cell.row == "labeller":
+            continue
+        results = [eval_attacks.read(path) for path in cell.evaluations() if not missing]
+        for result in results:
+            of_images = result.get("images")  # older results have no such hash
+            if of_images and of_images != images.setdefault(result["n"], of_images):
+                words.append("of other images than the cells before")
+        if words:
+            differing[str(cell)] = "; ".join(words)
+        elif missing:
+            unfinished.append(str(cell))
+        else:
+            found.setdefault(cell.row, {})[cell.seed] = outcomes(cell)
+            if is_the_papers_task(results[0]):
+                paper[cell.row] = PAPER.get((cell.target, cell.row), {})
+            share = log_rows(cell)[-1]["share_p_y_above_1_minus_alpha"] if cell.log.exists() else ""
+            if share:
+                shares.setdefault(cell.row, []).append(float(share))
+    print("\n## {}, {} scale\n".format(*key))
+    if found:
+        found = {row: found[row] for row in RECIPES[key].rows if row in found}
+        summary = compare.summarise(found, PAIRS, paper) | {
+            "shares": {row: sum(values) / len(values) for row, values in shares.items()},
+            "unfinished": unfinished, "of_another_recipe": differing}
+        path = pathlib.Path(folders[1], f"{'-'.join(key)}.json")
+        checkpoints.write_atomically(path, json.dumps(summary, indent=1).encode())
+    print(f"{compare.markdown(summary) if found else 'Nothing is finished.'}\n")
+    if unfinished:
+        print(f"not finished: {len(unfinished)} of its cells")
+    for cell, words in differing.items():
+        print(f"left out: {cell}: {words}")
+
+
+def is_the_papers_task(result):
+    """Return whether a result is of one of the paper's data sets, with all its classes, at its ε (Table 4's: 0.031)."""
+    dataset = pathlib.Path(result["model"]["dataset"]).name
+    return dataset in ("cifar10", "cifar100", "cifar-100-png") and result["epsilon"] in ("8/255", "0.031")
 
 
 def listing(args, processes):
     """Print for each target and scale what is finished and what the rest takes, so many processes at a time."""
     print("target            scale    cells   finished   of another recipe   seeds; what the rest takes")
     for target, scale in args.keys:
-        states = {cell: missing_and_differing(cell) for cell in cells_of([(target, scale)], args.seeds, args.data_dir)}
+        states = {cell: missing_and_differing(cell) for cell in cells_of([(target, scale)], args.seeds, *args.folders)}
         finished = [cell for cell, state in states.items() if not any(state)]
         left = sum(bool(missing) for missing, _ in states.values())
         differ = sum(bool(differing) for _, differing in states.values())

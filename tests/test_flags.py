@@ -436,6 +436,8 @@ REPRODUCE = {
     "--minutes": ("", "--minutes 2.5", lambda before, after: (before.ran[2], after.ran[2]) == (None, 2.5)),
     "--dry-run": ("", "--dry-run", lambda before, after: before.ran[0] > 0 and after.ran is None and after.commands),
     "--report": ("", "--report", lambda before, after: before.ran[0] > 0 and after.ran is None),
+    "--results-dir": ("--dry-run", "--results-dir mine", lambda before, after: (
+        "mkdir -p results/table3-digits" in before.printed and "mkdir -p mine/table3-digits" in after.printed)),
     "--data-dir": ("--dry-run --scale cpu", "--data-dir here", lambda before, after: (
         all("--data-dir here" in line for line in after.commands))),
 }

@@ -6,17 +6,19 @@ import json
 import os
 import pathlib
 import random
+import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
 import threading
 import time
 
-import numpy as np
 import pytest
 import torch
 from helpers import fails_in_one_line
+from scipy.stats import t
 
 import checkpoints
 import compare
@@ -113,7 +115,7 @@ def test_earlier_results_count_where_their_recipe_is_the_tables(monkeypatch):
 # Cells whose scripts are stubs ----------------------------------------------------------------------------------------
 
 
-def made_result(cell, command, right=300):
+def made_result(cell, command, right=300, sha256="of a model"):
     """What eval_attacks.py would write for the cell's command; the first `right` images are right in all attacks."""
     trained = vars(train_cifar.with_defaults(train_cifar.parse_args(cell.training()[1:])[1]))
     args = eval_attacks.parse_args(command[1:])[1]
@@ -122,7 +124,7 @@ def made_result(cell, command, right=300):
     rows = [eval_attacks.outcome(name, params, torch.arange(n) < right)
             for name, params in eval_attacks.attack_list(args)]
     rows += [eval_attacks.worst_case(rows)] if len(rows) > 2 else []
-    model = {"dataset": "digits", "epochs": trained["epochs"], "args": trained}
+    model = {"dataset": "digits", "epochs": trained["epochs"], "args": trained, "sha256": sha256}
     return {"model": model, "n": n, "epsilon": args.epsilon, "device": "stub", "precision": args.precision,
             "compile": args.compile, "complete": True, "attacks": rows}
 
@@ -147,7 +149,8 @@ def stubs(tmp_path, monkeypatch):
             checkpoints.save(run | {"rows": [{}] * args["epochs"]}, f"done{i}.pt")
             made[str(cell.run)] = {"begun": f"begun{i}.pt", "done": f"done{i}.pt"} | (more or {}).get(cell, {})
             for j, (path, command) in enumerate(cell.evaluations().items()):
-                eval_attacks.write(f"result{i}-{j}.json", made_result(cell, command, 300 + i))
+                result = made_result(cell, command, 300 + i, checkpoints.sha256(f"done{i}.pt"))
+                eval_attacks.write(f"result{i}-{j}.json", result)
                 made[str(path)] = {"done": f"result{i}-{j}.json"}
         pathlib.Path("made.json").write_text(json.dumps(made))
         return cells
@@ -201,7 +204,7 @@ def test_a_cell_on_other_images_is_left_out_of_the_report(stubs, capsys):
         eval_attacks.write(f"result{i}-0.json", result | ({"images": "other" if i == 2 else "same"} if i else {}))
     assert ends(TABLE3) == 0
     capsys.readouterr()
-    reproduce.report(reproduce.parse_args([*TABLE3[:3], "--report"])[1])
+    assert ends([*TABLE3[:3], "--report"]) == 0
     printed = capsys.readouterr().out
     assert f"left out: {cells[2]}: " in printed and "other images than" in printed and printed.count("left out") == 1
 
@@ -217,6 +220,124 @@ def test_what_is_finished_is_skipped_and_a_lost_json_alone_is_made_again(stubs):
     path.unlink()
     assert ends([*TABLE3, "--cell", "2"]) == 0 and len(begun()) == 1  # another one
     assert ends([*TABLE3, "--cell", "3"]) == 0 and begun()[1:] == [("eval_attacks.py", str(path))]
+
+
+def first_line(capsys):
+    return capsys.readouterr().out.splitlines()[0]
+
+
+CAME = "came with the repository, or from elsewhere"
+
+
+def test_the_first_line_says_what_was_run_and_what_came_with_the_repository(stubs, capsys):
+    cells = stubs(seven())
+    assert ends(TABLE3) == 0
+    assert first_line(capsys) == f"Cells run now: 7; before: 0; {CAME}: 0"
+    (cells[3].run / "last.pt").unlink()  # as in a clone, which has results and no runs
+    next(iter(cells[6].evaluations())).unlink()
+    assert ends(TABLE3) == 0
+    assert first_line(capsys) == f"Cells run now: 1; before: 5; {CAME}: 1"
+    assert ends([*TABLE3, "--cell", "4"]) == 0
+    assert first_line(capsys) == f"Nothing was run; before: 0; {CAME}: 1"
+
+
+@pytest.mark.parametrize("target, scale, cells", [("table3", "confident", 35), ("table4", "digits", 14)])
+def test_in_a_fresh_clone_a_table_says_that_nothing_was_run(target, scale, cells, tmp_path, monkeypatch, capsys):
+    """And it trains no labeller anew, whose labels are not needed."""
+    shutil.copytree(ROOT / f"results/{target}-{scale}", tmp_path / f"results/{target}-{scale}")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    assert ends([target, "--scale", scale]) == 0 and not pathlib.Path("runs").exists()
+    out = capsys.readouterr().out
+    assert out.startswith(f"Nothing was run; before: 0; {CAME}: {cells}\n\n## {target}, {scale} scale\n")
+
+
+def test_results_dir_keeps_results_apart(stubs, capsys):
+    cells = stubs(seven())
+    for path in cells[0].evaluations():  # came with the repository
+        path.parent.mkdir(parents=True)
+        eval_attacks.write(path, made_result(cells[0], cells[0].evaluations()[path]))
+    before = sorted(pathlib.Path("results").rglob("*"))
+    mine = [cell._replace(results_dir="mine") for cell in cells]
+    made = json.loads(pathlib.Path("made.json").read_text())
+    made |= {str(new): made[str(old)] for cell, own in zip(cells, mine, strict=True)
+             for old, new in zip(cell.evaluations(), own.evaluations(), strict=True)}
+    pathlib.Path("made.json").write_text(json.dumps(made))
+    assert ends([*TABLE3, "--results-dir", "mine"]) == 0
+    assert first_line(capsys) == f"Cells run now: 7; before: 0; {CAME}: 0"
+    assert sorted(pathlib.Path("results").rglob("*")) == before
+    assert all(path.exists() for cell in mine for path in cell.evaluations())
+    assert pathlib.Path("mine/table3-digits.json").exists()
+    reproduce.main(["--results-dir", "mine", "--seeds", "1"])
+    assert re.search(r"^table3 +digits +7 +7 +0 +1; nothing$", capsys.readouterr().out, re.M)
+
+
+@pytest.fixture
+def two_files(monkeypatch):
+    """Each cell of the table has two JSONs."""
+    recipe = reproduce.RECIPES["table3", "digits"]
+    evaluate = {"": recipe.evaluate[""], "-first": "last.pt --attacks natural pgd --num-images 100 --precision fp32 "
+                "--batch-size 50 --compile off"}
+    monkeypatch.setitem(reproduce.RECIPES, ("table3", "digits"), recipe._replace(evaluate=evaluate))
+
+
+def test_a_cell_of_two_models_is_named_and_not_averaged_in(two_files, stubs, capsys):
+    cells = stubs(seven())
+    assert ends(TABLE3) == 0
+    first, second = cells[2].evaluations()
+    eval_attacks.write(second, made_result(cells[2], cells[2].evaluations()[second], sha256="another"))
+    capsys.readouterr()
+    assert ends(TABLE3) == 1
+    out, err = capsys.readouterr()
+    assert err.splitlines()[-1] == (
+        f"failed: {cells[2]}: {second}: mixed, of another model than {first}")
+    assert f"left out: {cells[2]}: {second}: mixed" in out and "| trades |" not in out and "| madry |" in out
+
+
+@pytest.mark.parametrize("left", ["no run", "another run", "half a run"])
+def test_a_lost_model_is_not_mixed_with_the_results_that_remain(left, two_files, stubs, capsys):
+    cells = stubs(seven())
+    assert ends(TABLE3) == 0
+    pathlib.Path("calls.txt").write_text("")
+    first, second = cells[2].evaluations()
+    second.unlink()
+    if left == "no run":
+        shutil.rmtree(cells[2].run)
+    else:  # of another training by the same recipe
+        name = "done3.pt" if left == "another run" else "begun2.pt"
+        (cells[2].run / "last.pt").write_bytes(pathlib.Path(name).read_bytes())
+    assert ends(TABLE3) == 1 and begun() == []
+    why = f"{first} is of a model that is not in {cells[2].run}: move it away, or use --results-dir"
+    assert capsys.readouterr().err.splitlines()[-1] == f"failed: {cells[2]}: {why}"
+    first.unlink()
+    if left == "no run":
+        assert ends(TABLE3) == 0 and [script for script, _ in begun()] == ["train_cifar.py", *["eval_attacks.py"] * 2]
+
+
+def test_a_cell_without_its_pseudo_labels_says_what_to_run_first(stubs, capsys):
+    cells = stubs(reproduce.cells_of([("table4", "digits")], {3}))
+    argv = ["table4", "--scale", "digits", "--seeds", "3", "--cell"]
+    assert ends([*argv, "3"]) == 1 and not pathlib.Path("calls.txt").exists()
+    assert capsys.readouterr().err.splitlines()[-1] == (
+        f"failed: {cells[2]}: runs/table4-digits/pseudo-s3.npz is missing, run this first: python reproduce.py "
+        "table4 --scale digits --seeds 3 --cell 1")
+    assert str(cells[0]) == "table4 digits labeller seed 3" and cells[1].row == "trades-300"
+    assert ends([*argv, "2"]) == 0  # which trains on the labelled images alone
+
+
+@pytest.mark.parametrize("dataset, epsilon, shown", [
+    ("cifar10", "8/255", True), ("data/cifar-100-png", "8/255", True), ("cifar10", "0.031", True),
+    ("cifar10", "4/255", False), ("cifar10-first4", "8/255", False), ("digits", "0.05", False)])
+def test_the_papers_numbers_stand_beside_its_task_alone(dataset, epsilon, shown, stubs, monkeypatch, capsys):
+    monkeypatch.setattr(reproduce, "evaluated_otherwise", lambda result, command: [])
+    cells = seven()
+    for path, command in cells[0].evaluations().items():
+        path.parent.mkdir(parents=True)
+        result = made_result(cells[0], command)
+        result["model"]["dataset"] = dataset
+        eval_attacks.write(path, result | {"epsilon": epsilon})
+    assert ends([*TABLE3[:3], "--report"]) == 0
+    assert ("[84.39]" in capsys.readouterr().out) == shown
 
 
 def test_a_cell_that_another_process_has_finished_meanwhile_is_done(stubs):
@@ -265,9 +386,8 @@ def test_the_worst_case_is_of_the_recipes_attacks(stubs):
 def test_a_changed_recipe_is_named_and_not_mixed_in(stubs, monkeypatch, capsys):
     cells = stubs(seven())
     assert ends(TABLE3) == 0
-    recipe = reproduce.RECIPES["table3", "digits"]
-    rows = recipe.rows | {"mart": recipe.rows["mart"] + " --beta 4"}
-    monkeypatch.setitem(reproduce.RECIPES, ("table3", "digits"), recipe._replace(rows=rows))
+    recipe = reproduce.RECIPES["table3", "digits"]._replace(rows=["madry", "mart"], own={"mart": "--beta 4"})
+    monkeypatch.setitem(reproduce.RECIPES, ("table3", "digits"), recipe)
     capsys.readouterr()
     pathlib.Path("calls.txt").write_text("")
     assert ends(TABLE3) == 1 and begun() == []
@@ -329,7 +449,7 @@ def test_killed_it_waits_for_its_orphan_and_goes_on(stubs, capsys):
 
 TWO = """key = ("table3", "digits"); recipe = reproduce.RECIPES[key]
 reproduce.RECIPES[key] = recipe._replace(
-    rows={row: recipe.rows[row] for row in ("trades", "mart-spat0.3")}, train=recipe.train + " --limit-train 512",
+    rows=["trades", "mart-spat0.3"], train=recipe.train + " --limit-train 512",
     evaluate={"": recipe.evaluate[""] + " --num-images 50"})"""
 
 
@@ -391,21 +511,8 @@ def test_bad_input_ends_in_one_line(argv, words, capsys):
 # The numbers of a report ----------------------------------------------------------------------------------------------
 
 
-def test_t_interval_is_scipys():
-    from scipy import stats
-    a, b = np.random.default_rng(0).normal(size=(2, 7))
-    expected = stats.ttest_rel(b, a)
-    found = compare.t_interval(list(b - a))
-    assert found["p"] == pytest.approx(expected.pvalue, rel=1e-12) and found["n"] == 7
-    assert found["interval"] == pytest.approx(tuple(expected.confidence_interval()), rel=1e-12)
-    assert found["mean"] == pytest.approx((b - a).mean())
-    for equal in ([0.5], [0.1 + 0.2, 0.3]):
-        assert compare.t_interval(equal) | {"n": 0, "mean": 0} == {"n": 0, "mean": 0, "interval": None, "p": None}
-
-
 def test_holm_by_hand():
     assert compare.holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
-    assert compare.holm([0.6, None, 0.02]) == [1.0, 1.0, pytest.approx(0.06)]
     assert compare.holm([]) == []
 
 
@@ -416,15 +523,26 @@ def test_an_attack_on_few_images_is_estimated_for_all(monkeypatch, tmp_path):
              for row in ("madry", "madry-spat0.2")}
     of = {c["attack"]: c for c in compare.summarise(found, [("madry", "madry-spat0.2")], {})["comparisons"]}
     assert of["PGD-20"]["all_images"] is None and of["Worst case"]["all_images"] is None
-    entries = [seeds[1][name] for name in ("AutoAttack", "Worst case") for seeds in found.values()]
-    assert of["AutoAttack"]["all_images"] == compare.difference_estimator(*map(eval_attacks.correct_mask, entries))
-    assert round(100 * of["APGD-CE + APGD-T"]["all_images"]["difference"], 2) == 0.46
+    assert {c["n"] for c in of.values()} == {1}
+    assert of["PGD-20"]["interval"] == pytest.approx((0.0017, 0.0093), abs=1e-4)
+    masks = {name: [eval_attacks.correct_mask(seeds[1][name]).astype(int) for seeds in found.values()]
+             for name in ("AutoAttack", "Worst case")}
+    costly, cheap = (after - before for before, after in masks.values())
+    estimate = of["AutoAttack"]["all_images"]
+    assert estimate["mean"] == pytest.approx(cheap.mean() + (costly - cheap[:256]).mean())
+    assert round(100 * of["APGD-CE + APGD-T"]["all_images"]["mean"], 2) == 0.46
     found = {row: seeds | {2: seeds[1]} for row, seeds in found.items()}
     summary = compare.summarise(found, [("madry", "madry-spat0.2")], {})
-    of = {c["attack"]: c for c in summary["comparisons"]}
-    of_two = compare.t_interval([-0.0024, -0.0024]) | {"mean": pytest.approx(-0.0024)}
-    assert of["AutoAttack"]["all_images"] == of_two
-    assert "| | estimated for all images | -0.24 no spread | " in compare.markdown(summary)
+    of_two, = (c["all_images"] for c in summary["comparisons"] if c["attack"] == "AutoAttack")
+    assert of_two["n"] == 2 and of_two["mean"] == estimate["mean"]  # two equal seeds, so the spread is of the images
+    assert of_two["interval"] == pytest.approx(estimate["interval"], abs=1e-3)
+    assert "|  | estimated for all images | -0.24 (" in compare.markdown(summary)
+
+
+def welch(mean, of_seeds, of_images):
+    """The 95 % interval and p of a mean over 2 seeds and 200 images, from its two variances."""
+    law = t((of_seeds + of_images) ** 2 / (of_seeds**2 / 1 + of_images**2 / 199), scale=(of_seeds + of_images) ** 0.5)
+    return (mean + law.ppf(0.025), mean + law.ppf(0.975)), 2 * law.sf(mean)
 
 
 def test_the_report_by_hand(stubs, capsys):
@@ -442,17 +560,20 @@ def test_the_report_by_hand(stubs, capsys):
     rows = {(row["row"], row["attack"]): row for row in summary["rows"]}
     row = rows["eps0.05-alpha0.4", "PGD-20"]
     assert (row["mean"], row["n"], row["images"]) == (pytest.approx(0.78), 2, 200)
-    t = 12.7062  # Student's at 0.975 with one degree of freedom
-    assert row["interval"] == pytest.approx((0.78 - t * 0.01, 0.78 + t * 0.01), abs=1e-6)
+    # 154 images are right with both seeds, 4 with one; the second seed has two hundredths more than the first
+    interval, _ = welch(0.78, 0.02**2 / 2 / 2, ((154 + 4 / 4 + 1 / 2) / 202 - (156 / 202) ** 2) / 200)
+    assert row["interval"] == pytest.approx(interval, abs=1e-6)
     assert summary["shares"]["eps0.05-alpha0.4"] == pytest.approx(0.15)
     found = {(c["b"], c["attack"]): c for c in summary["comparisons"]}
     assert len(found) == 4 and len(summary["unfinished"]) == 6
     paired, images = found["eps0.05-alpha0.4", "PGD-20"], found["eps0.025-alpha1", "PGD-20"]
-    assert paired["over"] == "seeds" and paired["mean"] == pytest.approx(0.025)  # of +0.02 and +0.03
-    assert paired["interval"] == pytest.approx((0.025 - t * 0.005, 0.025 + t * 0.005), abs=1e-6)
-    assert paired["p"] == pytest.approx(1 - 2 / np.pi * np.arctan(5))  # t is 5, and t with 1 d.f. is Cauchy's
-    assert images["over"] == "images" and images["mean"] == -0.25 and images["interval"][1] < -0.18
+    assert paired["n"] == 2 and paired["mean"] == pytest.approx(0.025)  # of +0.02 and +0.03
+    # two images are gained with both seeds, two with the first alone and four with the second alone
+    interval, p = welch(0.025, 0.01**2 / 2 / 2, ((2 + 6 / 4 + 1 / 2) / 202 - (5 / 202) ** 2) / 200)
+    assert paired["interval"] == pytest.approx(interval, abs=1e-6) and paired["p"] == pytest.approx(p)
+    assert images["n"] == 1 and images["mean"] == -0.25 and images["interval"][1] < -0.18
     assert images["p_holm"] == pytest.approx(4 * images["p"]) and paired["p_holm"] == pytest.approx(2 * paired["p"])
-    assert "| eps0.05-alpha0.4 | 2 | 78.00 ± 12.71 | 78.00 ± 12.71 | 15.00% |" in out
+    assert "| eps0.05-alpha0.4 | 2 | 78.00 ± 6." in out and "| 15.00% |" in out
+    assert "| 2 seeds, 200 images |" in out
     assert "| eps0.025-alpha1 - eps0.025-alpha0 | PGD-20 | -25.00 (" in out and "| images of seed 1 alone |" in out
     assert "not finished: 6 of its cells" in out
