@@ -33,6 +33,31 @@ def pgd(model, x, target, objective, *, epsilon, step_size, num_steps, random_st
     return x_adv
 
 
+def early_stopped_pgd(model, x, y, target, objective, *, tau, epsilon, step_size, num_steps, random_start):
+    """Return what PGD comes to if an image that the model gets wrong, label y (B,), moves tau more steps and then stops
+    (FAT, Zhang et al. 2020, Algorithm 1); for the rest see pgd, random_start a tensor."""
+    move = functools.partial(_ascend, epsilon=epsilon, step_size=step_size)
+    step = recorded(model, functools.partial(_early_stopped_step, model, objective, move))
+    x_adv, left = project(x + random_start, x, epsilon), torch.full_like(y, tau)
+    for _ in range(num_steps):
+        x_adv, left = step(x_adv, x, target, y, left)
+    return x_adv
+
+
+def _early_stopped_step(model, objective, move, x_adv, x, target, y, left):
+    logits = None
+
+    def watched(x):
+        nonlocal logits
+        logits = model(x)
+        return logits
+
+    moved = _step(watched, objective, move, x_adv, x, target)
+    wrong = logits.detach().argmax(1) != y
+    moves = (~wrong | (left > 0))[:, None, None, None]  # not sorted out of the batch, which keeps its shape
+    return torch.where(moves, moved, x_adv), left - wrong.long()
+
+
 def _step(model, objective, move, x_adv, x, target):
     return move(x_adv, input_gradient(model, x_adv, target, objective), x)
 

@@ -73,6 +73,8 @@ SIXTEEN = "0 1e-5 5e-5 1e-4 1e-3 1e-2 0.1 0.2 0.3 0.4 0.5 0.6 0.7 0.8 0.9 1"
 # each method without and with SPAT; trades-spat0 has CE for KL in the attack, and no smoothing
 TABLE_3 = ["madry", "madry-spat0.2", "trades", "trades-spat0", "trades-spat0.1", "mart", "mart-spat0.3"]
 TABLE_3_CIFAR100 = ["madry", "trades", "trades-spat0", "trades-spat0.1", "mart", "mart-spat0.2"]
+FAT = ["madry", "madry-stop0", "madry-stop1", "madry-spat0.2", "madry-spat0.2-stop0", "madry-spat0.2-stop1",
+       "mart", "mart-stop0", "mart-stop1", "mart-spat0.3", "mart-spat0.3-stop0", "mart-spat0.3-stop1"]
 RST = ["rst", "rst-spat0", "rst-spat0.1", "mart", "mart-spat0.1"]
 RST_FLAGS = "--recipe rst --epochs 6"
 RST_AUX = f"{RST_FLAGS} --aux-data {{aux}}"
@@ -95,6 +97,9 @@ RECIPES = {
         {"": f"last.pt {ALL} --batch-size 1000 {EAGER}"}),
     ("table3", "paper"): Recipe(
         ["madry", "trades", "trades-spat0.1", "mart", "mart-spat0.3"], FAST, LAST_AND_BEST),
+    # do SPAT and FAT's early-stopped attack add up? fixed before the first run: ten seeds, the worst case counts
+    ("fat", "digits"): Recipe(
+        FAT, f"--epochs 5 {DIGITS}", {"": f"last.pt {ALL} {SMALL}"}, seeds=tuple(range(1, 11))),
     ("table3-cifar100", "cpu"): Recipe(
         TABLE_3_CIFAR100, "--dataset {data}/cifar-100-png --arch wrn-10-1 --step-size 4/255 --num-steps 3 --val-size 0 "
         f"--epochs 3 --batch-size 64 {RATE} {EXACT}", {"": f"last.pt {ALL} {SMALL}"},
@@ -141,7 +146,9 @@ SCALES = list(dict.fromkeys(scale for _, scale in RECIPES))
 PAIRS = [("madry", "madry-spat0.2"), ("trades", "trades-spat0.1"), ("trades", "trades-spat0"),
          ("trades-spat0", "trades-spat0.1"), ("mart", "mart-spat0.3"), ("mart", "mart-spat0.2"), ("trades-300", "rst"),
          ("trades-10000", "rst"), ("rst", "rst-spat0.1"), ("rst", "rst-spat0"), ("rst-spat0", "rst-spat0.1"),
-         ("mart", "mart-spat0.1")]
+         ("mart", "mart-spat0.1"), ("madry", "madry-stop0"), ("madry", "madry-stop1"), ("mart", "mart-stop0"),
+         ("mart", "mart-stop1"), ("madry-stop0", "madry-spat0.2-stop0"), ("madry-stop1", "madry-spat0.2-stop1"),
+         ("mart-stop0", "mart-spat0.3-stop0"), ("mart-stop1", "mart-spat0.3-stop1")]
 PAIRS += [(f"eps{epsilon}-alpha0", f"eps{epsilon}-alpha{alpha}")
           for epsilon in ("4", "8", "16", "0.025", "0.05") for alpha in ("0.2", "0.4", "0.6", "0.8", "1")]
 ELSEWHERE = {"results/table3/trades-spat0": "results/table3/trades-spat0-last"}  # the former's JSON is of epoch 5
@@ -330,12 +337,15 @@ def job_slots(jobs=None):
 
 
 def row_flags(row):
-    """Return the flags of train_cifar.py that a row's name stands for: mart-spat0.3, rst, labeller, eps8-alpha0.4."""
+    """Return the flags of train_cifar.py that a row's name stands for, such as mart-spat0.3-stop1 or eps8-alpha0.4."""
     if row.startswith("eps"):
         epsilon, alpha = row.removeprefix("eps").split("-alpha")
         if "." not in epsilon:
             epsilon += "/255"
         return f"--defense madry --spat-alpha {alpha} --epsilon {epsilon}"
+    row, _, tau = row.partition("-stop")
+    if tau:
+        return f"{row_flags(row)} --early-stop {tau}"
     method, _, alpha = row.partition("-spat")
     defense = {"rst": "trades", "labeller": "standard"}.get(method, method.split("-")[0])  # as of trades-300
     return f"--defense {defense} --spat-alpha {alpha}" if alpha else f"--defense {defense}"

@@ -42,8 +42,8 @@ DEFAULTS = {
     "all": dict(spat_alpha=None, beta=None, recipe="mart", arch="wrn-34-10", dataset="cifar10", data_dir="data",
                 val_size=1000, limit_train=None, aux_data=None, aux_fraction=0.5, epochs=90, batch_size=128, lr=0.1,
                 lr_schedule="step", lr_milestones=None, momentum=0.9, nesterov=False, weight_decay=7e-4,
-                epsilon="8/255", step_size=None, num_steps=10, random_start="gaussian", precision="auto",
-                compile="auto", device="auto", seed=1, save_minutes=10.0, mirror=None),
+                epsilon="8/255", step_size=None, num_steps=10, random_start="gaussian", early_stop=None,
+                precision="auto", compile="auto", device="auto", seed=1, save_minutes=10.0, mirror=None),
     "trades": dict(beta=6.0),
     "mart": dict(beta=5.0),
     "cifar100 madry": dict(weight_decay=2e-4),
@@ -56,7 +56,7 @@ DEFAULTS = {
 SMALLER = "needs a GPU; to try it here: --dataset digits, or --arch wrn-16-2 --epochs 4 --limit-train 10000"
 STOPPING = "stopping: the step at hand is given up, the run is saved; Ctrl-C again ends it at once"
 FREE_ON_RESUME = ("out_dir", "data_dir", "device", "save_minutes")  # these do not alter the result
-YOUNGER = {"mirror": None}  # flags that older runs lack, with what these did
+YOUNGER = {"mirror": None, "early_stop": None}  # flags that older runs lack, with what these did
 SHARES_EVERY = 8  # steps: the two logged shares of examples cost forward passes of their own
 READ_EVERY = {"cpu": 1, "cuda": 10}  # steps: reading a number waits for the GPU, a signal to several processes for it
 
@@ -116,8 +116,11 @@ def inner_maximisation(model, forward, x, y, start, args):
         target = y
         if objective is losses.kl_divergence:
             target = attacks.probabilities(forward, x)
-        return attacks.pgd(forward, x, target, objective, epsilon=float(Fraction(args.epsilon)), random_start=start,
-                           step_size=float(Fraction(args.step_size)), num_steps=args.num_steps)
+        settings = dict(epsilon=float(Fraction(args.epsilon)), step_size=float(Fraction(args.step_size)),
+                        num_steps=args.num_steps, random_start=start)
+        if args.early_stop is not None:
+            return attacks.early_stopped_pgd(forward, x, y, target, objective, tau=args.early_stop, **settings)
+        return attacks.pgd(forward, x, target, objective, **settings)
 
 
 def forward_backward(model, forward, args, x, x_adv, y):
@@ -484,9 +487,11 @@ def parse_args(argv=None):
     add("--step-size", "step of the attack; without it epsilon / 4", type=runtime.ratio, metavar="S")
     add("--num-steps", "steps of the attack", type=runtime.positive_int, metavar="N")
     add("--random-start", "where the attack starts", choices=attacks.RANDOM_STARTS)
+    add("--early-stop", "FAT: an image that the model gets wrong moves T more steps only", type=runtime.natural_int,
+        metavar="T")
     runtime.add_runtime_flags(parser)
     add = group("output")
-    add("--out-dir", "directory of the run; without it runs/DATASET-ARCH-DEFENSE[-spatA]-sSEED", metavar="DIR")
+    add("--out-dir", "directory of the run; without it runs/DATASET-ARCH-DEFENSE[-spatA][-stopT]-sSEED", metavar="DIR")
     add("--save-minutes", "save this often, and after every epoch", type=runtime.natural_float, metavar="M")
     add("--resume", "go on with the run in --out-dir where it stopped", action="store_true", default=None)
     return parser, {key: value for key, value in vars(parser.parse_args(argv)).items() if value is not None}
@@ -518,6 +523,7 @@ def with_defaults(typed):
     first, second = args.lr_milestones or (0, 0)
     for wrong, why in (
         (args.defense == "standard" and "spat_alpha" in typed, "--spat-alpha: standard training has no attack"),
+        (args.defense == "standard" and "early_stop" in typed, "--early-stop: standard training has no attack"),
         (args.defense in ("standard", "madry") and "beta" in typed, f"--beta: {args.defense} has no KL term"),
         (args.defense == "trades" and args.spat_alpha is None and args.random_start == "none",
          "--random-start none: KL(p(x) || p(x)) is 0 with gradient 0, the attack would not move"),
@@ -540,6 +546,8 @@ def with_defaults(typed):
         args.out_dir = f"runs/{name}-{args.arch}-{args.defense}"
         if args.spat_alpha is not None:
             args.out_dir += f"-spat{args.spat_alpha:g}"
+        if args.early_stop is not None:
+            args.out_dir += f"-stop{args.early_stop}"
         if args.aux_data:
             args.out_dir += "-aux"
         args.out_dir += f"-s{args.seed}"

@@ -58,8 +58,7 @@ MUTANTS = {  # name: (snippet, replacement, *the tests that must fail)
         'logits_adv = None if args.defense == "standard" else forward(x_adv)\n'
         '    logits_nat = None if args.defense == "madry" else forward(x)\n', LOOP),
     "the training attack starts at the image": (
-        "x, target, objective, epsilon=float(Fraction(args.epsilon)), random_start=start,",
-        'x, target, objective, epsilon=float(Fraction(args.epsilon)), random_start="none",',
+        "num_steps=args.num_steps, random_start=start)", 'num_steps=args.num_steps, random_start="none")',
         "test_flags.py::test_train[--random-start]"),
     "validation takes steps of epsilon / 4": (
         'str(Fraction(args.epsilon) / 10), "num_steps": 20', 'str(Fraction(args.epsilon) / 4), "num_steps": 20',
@@ -91,9 +90,14 @@ MUTANTS = {  # name: (snippet, replacement, *the tests that must fail)
         "if args.spat_alpha is not None:\n        objective", "if args.spat_alpha:\n        objective",
         "test_flags.py::test_train[--spat-alpha]"),
     "TRADES' target is of the uncompiled model": (
-        "target = attacks.probabilities(forward, x)\n        return",
-        "target = attacks.probabilities(model, x)\n        return",
+        "target = attacks.probabilities(forward, x)\n        settings",
+        "target = attacks.probabilities(model, x)\n        settings",
         "test_train.py::test_trades_target_is_of_the_callable_that_is_attacked"),
+    "what stops early moves one step more": (
+        "moves = (~wrong | (left > 0))", "moves = (~wrong | (left >= 0))",
+        "test_attacks.py::test_early_stopped_pgd_equals_a_loop_over_single_images[0]"),
+    "what is wrong at first never stops": (
+        "left - wrong.long()", "left", "test_attacks.py::test_early_stopped_pgd_equals_a_loop_over_single_images[1]"),
     "every step draws alike": (
         "train_set.images.device, args.seed, step)", "train_set.images.device, args.seed, 0)", LOOP),
     "of equal epochs the first is best": (

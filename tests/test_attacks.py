@@ -193,6 +193,36 @@ def test_no_two_pairs_of_seed_and_restart_share_a_start():
         attacks.start_per_image("uniform", like, 0.1, index, 0, 1000)
 
 
+@pytest.mark.parametrize("tau", [0, 1, 3])
+def test_early_stopped_pgd_equals_a_loop_over_single_images(small_net, images, tau):
+    x, _ = images
+    y = small_net(x).argmax(1)
+    y[0] = (y[0] + 1) % 5  # wrong from the start
+    start = attacks.start_perturbation("gaussian", x, EPSILON, torch.Generator().manual_seed(3))
+    radius, step_size = 0.5, 0.02
+    settings = dict(epsilon=radius, step_size=step_size, num_steps=20, random_start=start)
+    found = attacks.early_stopped_pgd(small_net, x, y, y, losses.cross_entropy, tau=tau, **settings)
+    moves = []
+    for i in range(len(x)):
+        image, label, left = x[i : i + 1], y[i : i + 1], tau
+        x_adv = (image + start[i : i + 1]).clamp(0, 1)
+        for step in range(21):
+            x_adv = x_adv.detach().requires_grad_()
+            logits = small_net(x_adv)
+            if logits.argmax() != label:
+                left -= 1
+            if left < 0 or step == 20:
+                break
+            gradient = torch.autograd.grad(F.cross_entropy(logits, label), x_adv)[0]
+            x_adv = (x_adv + step_size * gradient.sign()).clamp(image - radius, image + radius).clamp(0, 1)
+        moves.append(step)
+        torch.testing.assert_close(found[i : i + 1], x_adv.detach(), rtol=0, atol=1e-6)
+    assert moves[0] == tau and len(set(moves)) > 2 and max(moves) > tau  # some stop, at several steps
+    plain = attacks.pgd(small_net, x, y, losses.cross_entropy, **settings)
+    never = attacks.early_stopped_pgd(small_net, x, y, y, losses.cross_entropy, tau=20, **settings)
+    assert torch.equal(plain, never) and not torch.equal(plain, found)
+
+
 def test_worst_iterate_keeps_what_the_attack_passes_by():
     """A model that is wrong only where the mean is near 0.5, and an attack that runs past it from 0.3 to 0.8."""
     x, y = torch.full((3, 3, 4, 4), 0.3), torch.zeros(3, dtype=torch.long)

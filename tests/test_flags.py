@@ -190,6 +190,7 @@ TRAIN = {
     "--step-size": ("", "--step-size 0.001", weights_differ),
     "--num-steps": ("", "--num-steps 2", weights_differ),
     "--random-start": ("", "--random-start none", weights_differ),
+    "--early-stop": ("", "--early-stop 0", weights_differ),
     "--precision": ("", "--precision bf16", weights_differ),
     "--compile": ("", "--compile on", COMPILES),
     "--device": ("", "--device cuda", lambda before, after: (

@@ -187,7 +187,8 @@ def test_passes_for_batches_of_many_sizes_are_all_compiled(monkeypatch):
             forward(x)
 
 
-@pytest.mark.parametrize("flags", [["standard"], ["madry"], ["trades"], ["mart", "--spat-alpha", "0.3"]], ids=" ".join)
+@pytest.mark.parametrize("flags", [
+    ["standard"], ["madry"], ["trades"], ["mart", "--spat-alpha", "0.3"], ["madry", "--early-stop", "1"]], ids=" ".join)
 def test_recorded_training_is_the_eager_one(flags, tmp_path, monkeypatch):
     """To the bit, with a stand-in that overwrites what it handed out: so nothing is kept that a CUDA graph overwrites,
     no learning rate is recorded, and what is recorded is recorded once."""

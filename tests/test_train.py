@@ -97,6 +97,7 @@ BAD = {  # name: (arguments, what the one line says)
     "alpha below 0": (["--defense", "mart", "--spat-alpha=-0.1"], "'-0.1' is not a number in [0, 1]"),
     "alpha nan": (["--defense", "mart", "--spat-alpha", "nan"], "'nan' is not a number in [0, 1]"),
     "alpha for standard": (["--defense", "standard", "--spat-alpha", "0.3"], "standard training has no attack"),
+    "early stop for standard": (["--defense", "standard", "--early-stop", "0"], "standard training has no attack"),
     "beta for madry": (["--defense", "madry", "--beta", "6"], "madry has no KL term"),
     "kl without start": (["--defense", "trades", "--random-start", "none"], "the attack would not move"),
     "epsilon in pixels": (["--defense", "mart", "--epsilon", "8"], "'8' is not a fraction"),
