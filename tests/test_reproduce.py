@@ -79,7 +79,8 @@ def test_every_line_parses(key, tmp_path, monkeypatch, capsys):
 def test_the_papers_scale_is_the_papers(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     trained = {target: [train_cifar.with_defaults(train_cifar.parse_args(line[2:])[1]) for line in lines_of(
-        [target, "--scale", "paper"], capsys) if line[1] == "train_cifar.py"] for target in reproduce.TARGETS if target != "fat"}
+        [target, "--scale", "paper"], capsys) if line[1] == "train_cifar.py"]
+        for target in reproduce.TARGETS if target != "fat"}
     table3 = trained["table3"] + trained["table3-cifar100"]
     names = {"cifar10": "table3", "cifar100": "table3-cifar100"}
     assert {(names[args.dataset], args.defense + ("" if args.spat_alpha is None else f"-spat{args.spat_alpha:g}"))
