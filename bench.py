@@ -209,7 +209,7 @@ def ours(args, precision, level):
     x_eval, y_eval = batch(args, args.eval_batch_size, torch.channels_last)
     pixels, plain = x_eval.mul(255).byte(), runtime.plain_pass(model, precision)
     forward, forward_eval = (runtime.fast_pass(model, plain, like, level) for like in (x, x_eval))
-    update = attacks.recorded(forward, functools.partial(train_cifar.forward_backward, model, forward, train_args))
+    update = attacks.recorded(forward, functools.partial(train_cifar.forward_backward, model, forward, args=train_args))
 
     def attack():
         start = attacks.start_perturbation("gaussian", x, 8 / 255)

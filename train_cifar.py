@@ -77,7 +77,7 @@ def train(args, checkpoint, train_set, val_set, device, stop=()):
         return False
     if failure:
         raise failure
-    update = attacks.recorded(forward, functools.partial(forward_backward, model, forward, args))
+    update = attacks.recorded(forward, functools.partial(forward_backward, model, forward, args=args))
     with run.prepare_directory(checkpoint), contextlib.suppress(runtime.Stopped):
         attack_forward = runtime.stoppable(forward, stop)
         if len(run.rows) < run.step // run.steps_per_epoch:  # stopped in an epoch's validation
@@ -123,7 +123,7 @@ def inner_maximisation(model, forward, x, y, start, args):
         return attacks.pgd(forward, x, target, objective, **settings)
 
 
-def forward_backward(model, forward, args, x, x_adv, y):
+def forward_backward(model, forward, x, x_adv, y, args):
     """Leave the gradients of the defense's loss (Eq. 4, section 3.3) in the weights; return (loss, logits_nat,
     logits_adv), None for logits that the defense does without. x and x_adv go through the model apart, natural first:
     together they would share their batch statistics."""
@@ -181,7 +181,7 @@ def training_pass(run, train_set):
     def rehearsal(forward):
         one_step = argparse.Namespace(**vars(args) | {"num_steps": 1})
         x_adv = inner_maximisation(run.model, forward, x, y, torch.zeros_like(x), one_step)
-        attacks.recorded(forward, functools.partial(forward_backward, run.model, forward, args))(x, x_adv, y)
+        attacks.recorded(forward, functools.partial(forward_backward, run.model, forward, args=args))(x, x_adv, y)
 
     passes_a_step = 2 if args.defense == "standard" else args.num_steps + 4
     passes = (run.total_steps - run.step) * passes_a_step

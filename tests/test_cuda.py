@@ -52,7 +52,7 @@ def five_steps(defense, level):
     y, eager = torch.randint(10, (16,)).to(DEVICE), runtime.plain_pass(model)
     before = torch.cat([p.detach().flatten() for p in model.parameters()])
     forward = fast_pass(model, eager, x, level)
-    update = attacks.recorded(forward, functools.partial(train_cifar.forward_backward, model, forward, args))
+    update = attacks.recorded(forward, functools.partial(train_cifar.forward_backward, model, forward, args=args))
     optimizer = train_cifar.build_optimizer(model, args)
     for _ in range(5):
         start = 0.001 * torch.randn(x.shape, dtype=torch.float64).to(DEVICE, memory_format=torch.channels_last)
