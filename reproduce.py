@@ -316,8 +316,7 @@ def finish(cell, slot, children, stopped):
 
 
 def check_compiler(cells):
-    """Raise ValueError if a recipe compiles and torch.compile fails here: train_cifar.py would go on without, to a
-    result that is of another recipe."""
+    """Raise ValueError if a recipe compiles and torch.compile fails here, as it would in each of the trainings."""
     if not all("--compile off" in shlex.join(cell.training()) for cell in cells):
         try:
             device = "cuda" if torch.cuda.is_available() else "cpu"
