@@ -25,10 +25,7 @@ def pgd(model, x, target, objective, *, epsilon, step_size, num_steps, random_st
     _check(x, epsilon)
     if not isinstance(random_start, torch.Tensor):
         random_start = start_perturbation(random_start, x, epsilon)
-    move = functools.partial(_ascend, epsilon=epsilon, step_size=step_size)
-    if hasattr(model, "recorded"):  # a runtime.RecordedPass
-        objective, move = model.compiled(objective), model.compiled(move)
-    step = recorded(model, functools.partial(_step, model, objective, move))
+    step = _recorded_step(_step, model, objective, epsilon, step_size)
     x_adv = project(x + random_start, x, epsilon)
     for _ in range(num_steps):
         x_adv = step(x_adv, x, target)
@@ -38,8 +35,7 @@ def pgd(model, x, target, objective, *, epsilon, step_size, num_steps, random_st
 def early_stopped_pgd(model, x, y, target, objective, *, tau, epsilon, step_size, num_steps, random_start):
     """Return what PGD comes to if an image that the model gets wrong, label y (B,), moves tau more steps and then stops
     (FAT, Zhang et al. 2020, Algorithm 1); for the rest see pgd, random_start a tensor."""
-    move = functools.partial(_ascend, epsilon=epsilon, step_size=step_size)
-    step = recorded(model, functools.partial(_early_stopped_step, model, objective, move))
+    step = _recorded_step(_early_stopped_step, model, objective, epsilon, step_size)
     x_adv, left = project(x + random_start, x, epsilon), torch.full_like(y, tau)
     for _ in range(num_steps):
         x_adv, left = step(x_adv, x, target, y, left)
@@ -58,6 +54,13 @@ def _early_stopped_step(model, objective, move, x_adv, x, target, y, left):
     wrong = logits.detach().argmax(1) != y
     moves = (~wrong | (left > 0))[:, None, None, None]  # not sorted out of the batch, which keeps its shape
     return torch.where(moves, moved, x_adv), left - wrong.long()
+
+
+def _recorded_step(step, model, objective, epsilon, step_size):
+    move = functools.partial(_ascend, epsilon=epsilon, step_size=step_size)
+    if hasattr(model, "compiled"):  # a runtime.RecordedPass
+        objective, move = model.compiled(objective), model.compiled(move)
+    return recorded(model, functools.partial(step, model, objective, move))
 
 
 _checked = set()

@@ -180,7 +180,10 @@ def training_pass(run, train_set):
 
     def rehearsal(forward):
         one_step = argparse.Namespace(**vars(args) | {"num_steps": 1})
-        x_adv = inner_maximisation(run.model, forward, x, y, torch.zeros_like(x), one_step)
+        start = torch.full_like(x, float(Fraction(args.epsilon)) / 2)  # not zero, where KL has no gradient
+        x_adv = inner_maximisation(run.model, forward, x, y, start, one_step)
+        with models.frozen(run.model):
+            validation_attack(forward, args, 1)(x, y, indices)
         attacks.recorded(forward, functools.partial(forward_backward, run.model, forward, args=args))(x, x_adv, y)
 
     passes_a_step = 2 if args.defense == "standard" else args.num_steps + 4
@@ -310,6 +313,7 @@ class Run:
             write_log(self.args.out_dir, self.rows)
             self.bar.write(summary(self.rows, self.args, len(self.classes)))
         self.epoch_start, self.epoch_first_step = time.perf_counter(), self.step
+        self.saved_step = None  # the row is new, even where no step is
         self.save()
 
     def save(self):
@@ -321,10 +325,7 @@ class Run:
 def validate(model, forward, val_set, args):
     """Return a dict of accuracy and mean cross entropy on the held-out images, natural and by PGD-20; values are None
     where none are held out."""
-    pgd20 = eval_attacks.make_attack(forward, {
-        "objective": "ce", "epsilon": args.epsilon, "step_size": str(Fraction(args.epsilon) / 10), "num_steps": 20,
-        "random_start": "uniform"})
-    row = {}
+    pgd20, row = validation_attack(forward, args), {}
     batch_size = args.batch_size // runtime.rank_and_world()[1]  # the training step's, for which the model is compiled
     with models.frozen(model):
         for name, attack in (("natural", None), ("robust", pgd20)):
@@ -334,6 +335,12 @@ def validate(model, forward, val_set, args):
                 row[f"val_{name}_accuracy"] = (logits.argmax(1) == val_set.labels).float().mean().item()
                 row[f"val_{name}_loss"] = losses.cross_entropy(logits, val_set.labels).mean().item()
     return row
+
+
+def validation_attack(forward, args, num_steps=20):
+    return eval_attacks.make_attack(forward, {
+        "objective": "ce", "epsilon": args.epsilon, "step_size": str(Fraction(args.epsilon) / 10),
+        "num_steps": num_steps, "random_start": "uniform"})
 
 
 def sampled_shares(run, forward, x, x_adv, y):

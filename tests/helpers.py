@@ -58,21 +58,22 @@ def record_on_a_cpu(monkeypatch):
     list that receives the recorded functions."""
     recorded = []
 
-    def init(self, function, inputs, pool):
-        self.inputs = [given.detach().clone() for given in inputs]
+    def init(self, function, inputs, pool, parameters):
+        self.inputs, before = [given.detach().clone() for given in inputs], [p.grad for p in parameters]
         self.outputs = function(*self.inputs)
-        model = next((part for part in getattr(function, "args", ()) if isinstance(part, torch.nn.Module)), None)
-        own = [p.grad for p in model.parameters()] if model else []
+        self.gradients = [(p, p.grad) for p, old in zip(parameters, before, strict=True) if p.grad is not old]
 
         def replay():
+            before = [p.grad for p in parameters]  # which a graph does not touch
             outputs, kept = function(*self.inputs), self.outputs
             if not isinstance(kept, tuple):
                 outputs, kept = (outputs,), (kept,)
             for old, new in zip(kept, outputs, strict=True):
                 if old is not None:
                     old.copy_(new)
-            for gradient, parameter in zip(own, model.parameters() if model else [], strict=True):
+            for parameter, gradient in self.gradients:
                 gradient.copy_(parameter.grad)
+            for parameter, gradient in zip(parameters, before, strict=True):
                 parameter.grad = gradient
 
         self.graph = types.SimpleNamespace(replay=replay)

@@ -60,8 +60,8 @@ def five_steps(defense, level):
         update(x, x_adv, y)
         optimizer.step()
     if level == "graphs":
-        assert len(forward.recordings) == (3 if defense == "trades" else 2)  # TRADES' target is the third
-        assert all(isinstance(recording, runtime.Recording) for recording, _ in forward.recordings.values())
+        recordings = [made for made, _ in forward.made.values() if isinstance(made, runtime.Recording)]
+        assert len(recordings) == (3 if defense == "trades" else 2)  # TRADES' target is the third
     return torch.cat([p.detach().flatten() for p in model.parameters()]) - before
 
 
@@ -141,17 +141,28 @@ def plain_rows(tmp_path_factory):
 @pytest.mark.parametrize("flags", [[], *(["--precision", "bf16", "--compile", level] for level in LEVELS)],
                          ids=lambda flags: " ".join(flags) or "plain")
 def test_a_run_in_bf16_learns_as_eager_float32_does(flags, plain_rows, tmp_path, capsys):
-    """On a CPU, in bf16 and eager, the two columns differed by 4 % and by 0.021 at most (two seeds); those of
-    validation differ by much more in mid-training."""
+    """The first epoch tells: later ones of two equal runs that round differently are up to 37 % apart in their loss,
+    as ten runs on a CPU were, by 0.6 % and 0.017 in the first. That steps are equal is shown above."""
     args, rows = run_of(tmp_path, *flags)
     printed = capsys.readouterr().out
     assert args["precision"] == "bf16" or DEVICE == "cpu" and not flags
     assert args["compile"] == flags[-1] if flags else args["compile"] in ("off", *LEVELS)
     assert f"precision {args['precision']}: " in printed and f"compile {args['compile']}: " in printed
     assert rows[-1]["train_loss"] < 0.6 * rows[0]["train_loss"] and rows[-1]["val_natural_accuracy"] > 0.6
-    for row, plain in zip(rows, plain_rows, strict=True):
-        assert row["train_loss"] == pytest.approx(plain["train_loss"], rel=0.12)
-        assert row["train_robust_accuracy"] == pytest.approx(plain["train_robust_accuracy"], abs=0.06)
+    assert rows[0]["train_loss"] == pytest.approx(plain_rows[0]["train_loss"], rel=0.03)
+    assert rows[0]["train_robust_accuracy"] == pytest.approx(plain_rows[0]["train_robust_accuracy"], abs=0.05)
+
+
+def test_after_a_recording_that_fails_another_can_be_made(capsys):
+    model, x = models.build_model("wrn-10-1").to(DEVICE).eval(), torch.rand(8, 3, 32, 32, device=DEVICE)
+    forward = runtime.fast_pass(model, runtime.plain_pass(model), x, LEVELS[-1])
+    if DEVICE == "cuda":
+        assert forward.recorded(lambda x: x * x.sum().item())(x).equal(x * x.sum().item())  # it waits for the GPU
+        assert "a step could not be recorded" in capsys.readouterr().err
+    good = attacks.constant_logits(forward, x)
+    assert torch.allclose(attacks.constant_logits(forward, x), good)
+    with models.frozen(model):
+        assert torch.allclose(good, model(x), atol=1e-3)
 
 
 def test_out_of_memory_ends_in_one_line(tmp_path):

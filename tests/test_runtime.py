@@ -260,6 +260,51 @@ def test_a_recording_is_found_again_by_what_it_does(monkeypatch):
             attack(x=x[:2])] == [1, 1, 2, 2, 3, 4, 4]
 
 
+@pytest.mark.parametrize("step_size", [8 / 255, 2 / 255, 0.8 / 255, 0.0005])
+@pytest.mark.parametrize("fault", ["stands", "random", "descends"])
+def test_an_attack_that_does_not_attack_is_not_used(fault, step_size, monkeypatch, capsys):
+    """Its pixels are nearly those of the attack: a step is small beside them."""
+    record_on_a_cpu(monkeypatch)
+    model, x, y = SmallNet().eval().requires_grad_(False), torch.rand(4, 3, 8, 8), torch.tensor([0, 1, 2, 3])
+    real, signs = runtime.Recording.__call__, torch.randn(4, 3, 8, 8).sign()
+
+    def call(self, x_adv, *others):
+        moved = real(self, x_adv, *others) - x_adv
+        return x_adv + {"stands": 0 * moved, "random": moved * signs, "descends": -moved}[fault]
+
+    monkeypatch.setattr(runtime.Recording, "__call__", call)
+    forward = runtime.RecordedPass(model, runtime.plain_pass(model), x)
+    settings = dict(epsilon=8 / 255, step_size=step_size, num_steps=2, random_start="uniform")
+    torch.manual_seed(0)
+    expected = attacks.pgd(model, x, y, losses.cross_entropy, **settings)
+    torch.manual_seed(0)
+    assert torch.equal(attacks.pgd(forward, x, y, losses.cross_entropy, **settings), expected)
+    assert "replayed it gives other values" in capsys.readouterr().err
+
+
+def test_each_recording_leaves_its_own_gradients(monkeypatch):
+    record_on_a_cpu(monkeypatch)
+    model, x = SmallNet(), torch.rand(4, 3, 8, 8)
+    forward = runtime.RecordedPass(model, runtime.plain_pass(model), x)
+
+    def update(factor, x):
+        model.zero_grad()
+        loss = factor * forward(x).square().mean()
+        loss.backward()
+        return loss.detach()
+
+    one, ten = (forward.recorded(functools.partial(update, factor)) for factor in (1, 10))
+    with runtime.untouched(model):
+        one(x)
+        first = [p.grad.clone() for p in model.parameters()]
+        ten(x)
+        model.zero_grad()
+        one(x)
+    assert all(torch.equal(p.grad, grad) for p, grad in zip(model.parameters(), first, strict=True))
+    ten(x)
+    assert all(torch.allclose(p.grad, 10 * grad, atol=1e-5) for p, grad in zip(model.parameters(), first, strict=True))
+
+
 def test_what_a_recording_returned_stays(monkeypatch):
     record_on_a_cpu(monkeypatch)
     model, x = SmallNet(), torch.rand(4, 3, 8, 8)

@@ -406,26 +406,30 @@ def test_a_signal_while_compiling_leaves_the_directory_as_it_was(tmp_path, monke
 
 
 @pytest.mark.usefixtures("tiny_net")
-def test_a_signal_in_validation_is_seen_and_the_epoch_validated_on_resume(tmp_path, monkeypatch):
-    """To the bit as if it had not been; the row is logged once."""
-    argv = ["--defense", "madry", *TINY]
+@pytest.mark.parametrize("epoch", [1, 2])
+def test_a_signal_in_validation_is_seen_and_the_epoch_validated_on_resume(tmp_path, monkeypatch, epoch):
+    """To the bit as if it had not been; the row is logged once, with its rate."""
+    argv = ["--defense", "madry", *TINY, "--lr-schedule", "onecycle"]
     train_cifar.main([*argv, "--out-dir", str(tmp_path / "whole")])
-    real = train_cifar.validate
+    real, calls = train_cifar.validate, []
 
-    def interrupted(*given):
-        signal.raise_signal(signal.SIGINT)
-        return real(*given)
+    def interrupted(model, forward, val_set, args):
+        calls.append(args)
+        if len(calls) == epoch:
+            signal.raise_signal(signal.SIGINT)
+        return real(model, forward, val_set, args)
 
     with monkeypatch.context() as patch, pytest.raises(SystemExit) as exit_info:
         patch.setattr(train_cifar, "validate", interrupted)
         train_cifar.main([*argv, "--out-dir", str(tmp_path / "cut")])
     assert exit_info.value.code == 130
     cut = checkpoints.load(tmp_path / "cut/last.pt")
-    assert cut["step"] == 3 and cut["rows"] == [] and not (tmp_path / "cut/best.pt").exists()
+    assert cut["step"] == 3 * epoch and len(cut["rows"]) == epoch - 1
     train_cifar.main(["--resume", "--out-dir", str(tmp_path / "cut")])
     for name in ("last.pt", "best.pt"):
         whole, cut = (checkpoints.load(tmp_path / run / name) for run in ("whole", "cut"))
-        assert whole["step"] == cut["step"]
+        assert [whole[key] for key in ("step", "best")] == [cut[key] for key in ("step", "best")]
+        assert len(cut["rows"]) == len(whole["rows"]) and torch.equal(cut["sums"], whole["sums"])
         assert all(torch.equal(cut["state_dict"][key], value) for key, value in whole["state_dict"].items())
     assert without_times(tmp_path / "whole/log.csv") == without_times(tmp_path / "cut/log.csv")
 
@@ -670,7 +674,7 @@ def test_the_shares_are_of_the_model_that_was_attacked(tmp_path, monkeypatch):
 
     def note(module, name):
         real = getattr(module, name)
-        monkeypatch.setattr(module, name, lambda *args: order.append(name) or real(*args))
+        monkeypatch.setattr(module, name, lambda *given, **more: order.append(name) or real(*given, **more))
 
     note(train_cifar, "inner_maximisation")
     note(train_cifar, "sampled_shares")
