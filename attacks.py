@@ -19,8 +19,10 @@ def pgd(model, x, target, objective, *, epsilon, step_size, num_steps, random_st
 
     target: whatever the objective takes, labels (B,) or probabilities (B, K). epsilon, step_size: in units of x.
     random_start: "uniform", "gaussian", "none" or a perturbation tensor like x; projected like every iterate.
-    Raise ValueError on another kind.
+    Raise ValueError on another kind, on an epsilon outside (0, 1], and on values of x outside [0, 1]: of normalised
+    images the result would lie far outside the ball.
     """
+    _check(x, epsilon)
     if not isinstance(random_start, torch.Tensor):
         random_start = start_perturbation(random_start, x, epsilon)
     move = functools.partial(_ascend, epsilon=epsilon, step_size=step_size)
@@ -56,6 +58,19 @@ def _early_stopped_step(model, objective, move, x_adv, x, target, y, left):
     wrong = logits.detach().argmax(1) != y
     moves = (~wrong | (left > 0))[:, None, None, None]  # not sorted out of the batch, which keeps its shape
     return torch.where(moves, moved, x_adv), left - wrong.long()
+
+
+_checked = set()
+
+
+def _check(x, epsilon):
+    if not 0 < epsilon <= 1:
+        raise ValueError(f"epsilon must be in (0, 1], not {epsilon}")
+    if x.is_cuda and x.shape in _checked:  # each look at the values waits for the GPU: one for each shape is enough
+        return
+    if not (x.min() >= 0 and x.max() <= 1):
+        raise ValueError(f"x must be in [0, 1], not in [{x.min():.4g}, {x.max():.4g}]: normalise inside the model")
+    _checked.add(x.shape)
 
 
 def _step(model, objective, move, x_adv, x, target):

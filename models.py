@@ -5,6 +5,7 @@ work fit. No normalisation inside: images go in as they are, as in TRADES and MA
 """
 
 import contextlib
+import difflib
 import re
 
 import torch
@@ -183,7 +184,8 @@ def parse_arch(name):
         depth, width = int(match[1]), int(match[2])
         if depth >= 10 and (depth - 4) % 6 == 0 and width >= 1:
             return WideResNet, (depth, width)
-    raise ValueError(f"unknown architecture {name!r}; known: {ARCHS}")
+    hint = "".join(f"; did you mean {near}?" for near in difflib.get_close_matches(name, [*RESNETS, "wrn-34-10"], 1))
+    raise ValueError(f"unknown architecture {name!r}; known: {ARCHS}{hint}")
 
 
 def build_model(name, num_classes=10):

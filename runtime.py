@@ -5,6 +5,7 @@ import argparse
 import contextlib
 import ctypes
 import datetime
+import difflib
 import functools
 import io
 import math
@@ -42,6 +43,10 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message):
         message = " ".join(str(message).split())
+        if message.startswith("unrecognized arguments: --"):
+            typed = message.split()[2].partition("=")[0]
+            message += "".join(f"; did you mean {flag}?" for flag in
+                               difflib.get_close_matches(typed, self._option_string_actions, 1))
         print(f"{self.prog}: error: {message}", file=sys.stderr)
         raise SystemExit(2)
 

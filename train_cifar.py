@@ -210,6 +210,7 @@ class Run:
         if checkpoint is not None:
             model.load_state_dict(checkpoint["state_dict"])
             self.optimizer.load_state_dict(checkpoint["optimizer"])
+            self.rate = self.optimizer.param_groups[0]["lr"]
             self.step, self.rows, self.best = checkpoint["step"], checkpoint["rows"], checkpoint["best"]
             self.sums = checkpoint["sums"].to(self.device)
             on = [self.device.type, self.world]
@@ -455,7 +456,7 @@ def parse_args(argv=None):
         return add
 
     add = group("what to train")
-    add("--defense", "minimise this method's loss; required for a new run", choices=OUTER)
+    add("--defense", "minimise this method's loss; required for a new run", choices=OUTER, type=method)
     add("--spat-alpha", "SPAT: attack by LSCE with this α in [0, 1]; without it by CE for madry and mart, by KL for "
         "trades", type=runtime.unit_float, metavar="A")
     add("--beta", "weight of the KL term", type=runtime.natural_float, metavar="B")
@@ -495,6 +496,12 @@ def parse_args(argv=None):
     add("--save-minutes", "save this often, and after every epoch", type=runtime.natural_float, metavar="M")
     add("--resume", "go on with the run in --out-dir where it stopped", action="store_true", default=None)
     return parser, {key: value for key, value in vars(parser.parse_args(argv)).items() if value is not None}
+
+
+def method(name):
+    if name == "spat":
+        raise argparse.ArgumentTypeError("SPAT changes the attack of a method: --defense mart --spat-alpha 0.3, say")
+    return name
 
 
 def default_words(name):

@@ -193,6 +193,20 @@ def test_no_two_pairs_of_seed_and_restart_share_a_start():
         attacks.start_per_image("uniform", like, 0.1, index, 0, 1000)
 
 
+@pytest.mark.parametrize("low, high, epsilon, message", [
+    (-2.0, 2.0, 0.03, r"x must be in \[0, 1\], not in \[-"), (0, 255, 0.03, "normalise inside the model"),
+    (0, float("nan"), 0.03, "x must be"), (0, 1, 8, "epsilon must be"), (0, 1, 0, "epsilon must be")])
+def test_images_outside_0_and_1_are_refused(small_net, images, low, high, epsilon, message):
+    """Of normalised images the attack would leave the ball: the clipping to [0, 1] moves them far."""
+    x, y = images
+    x = low + (high - low) * x
+    with pytest.raises(ValueError, match=message):
+        attacks.pgd(small_net, x, y, losses.cross_entropy, epsilon=epsilon, step_size=0.01, num_steps=1)
+    if epsilon == 0.03:
+        with pytest.raises(ValueError, match=message):
+            attacks.fgsm(small_net, x, y, epsilon=epsilon)
+
+
 @pytest.mark.parametrize("tau", [0, 1, 3])
 def test_early_stopped_pgd_equals_a_loop_over_single_images(small_net, images, tau):
     x, _ = images

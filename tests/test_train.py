@@ -116,6 +116,9 @@ BAD = {  # name: (arguments, what the one line says)
     "abbreviation": (["--defense", "mart", "--epoch", "3"], "unrecognized arguments: --epoch 3"),
     "no run to resume": (["--defense", "mart", "--resume"], "wrn-34-10-mart-s1 holds no run"),
     "no folder to resume": (["--resume", "--out-dir", "nowhere"], "nowhere holds no run"),
+    "spat as a defense": (["--defense", "spat"], "--defense mart --spat-alpha 0.3, say"),
+    "an underscore": (["--defense", "mart", "--batch_size", "64"], "did you mean --batch-size?"),
+    "no hyphen": (["--defense", "mart", "--arch", "resnet18"], "did you mean resnet-18?"),
     "empty folder": (["--defense", "mart", "--dataset", "digits", "--out-dir", ""], "--out-dir: an empty name"),
     "resumed without a folder": (["--resume", "--out-dir", ""], "--out-dir: an empty name"),
     "too many held out": (["--defense", "mart", "--dataset", "digits", "--val-size", "1397"],
@@ -400,6 +403,31 @@ def test_a_signal_while_compiling_leaves_the_directory_as_it_was(tmp_path, monke
     monkeypatch.setattr(runtime, "forward_pass", real)
     train_cifar.main(argv)
     assert (tmp_path / "last.pt").exists()
+
+
+@pytest.mark.usefixtures("tiny_net")
+def test_a_signal_in_validation_is_seen_and_the_epoch_validated_on_resume(tmp_path, monkeypatch):
+    """To the bit as if it had not been; the row is logged once."""
+    argv = ["--defense", "madry", *TINY]
+    train_cifar.main([*argv, "--out-dir", str(tmp_path / "whole")])
+    real = train_cifar.validate
+
+    def interrupted(*given):
+        signal.raise_signal(signal.SIGINT)
+        return real(*given)
+
+    with monkeypatch.context() as patch, pytest.raises(SystemExit) as exit_info:
+        patch.setattr(train_cifar, "validate", interrupted)
+        train_cifar.main([*argv, "--out-dir", str(tmp_path / "cut")])
+    assert exit_info.value.code == 130
+    cut = checkpoints.load(tmp_path / "cut/last.pt")
+    assert cut["step"] == 3 and cut["rows"] == [] and not (tmp_path / "cut/best.pt").exists()
+    train_cifar.main(["--resume", "--out-dir", str(tmp_path / "cut")])
+    for name in ("last.pt", "best.pt"):
+        whole, cut = (checkpoints.load(tmp_path / run / name) for run in ("whole", "cut"))
+        assert whole["step"] == cut["step"]
+        assert all(torch.equal(cut["state_dict"][key], value) for key, value in whole["state_dict"].items())
+    assert without_times(tmp_path / "whole/log.csv") == without_times(tmp_path / "cut/log.csv")
 
 
 def test_a_second_signal_ends_the_process_at_once():
