@@ -25,6 +25,7 @@ def pgd(model, x, target, objective, *, epsilon, step_size, num_steps, random_st
     _check(x, epsilon)
     if not isinstance(random_start, torch.Tensor):
         random_start = start_perturbation(random_start, x, epsilon)
+    # x_adv <- project(x_adv + step_size·sign(gradient)); a GPU records the step once and replays it
     step = _recorded_step(_step, model, objective, epsilon, step_size)
     x_adv = project(x + random_start, x, epsilon)
     for _ in range(num_steps):

@@ -119,8 +119,8 @@ def crafting_passes(args, model, test, todo):
 
 
 def run_attack(attack, forward, images, chosen, bar, finished):
-    """Attack the images of the mask `chosen` for one row, by the callable `forward`; of several restarts each those
-    that the ones before left standing. finished: see official_attack."""
+    """Attack the images of the mask `chosen` for one row, by the callable `forward`. Each restart attacks only what the
+    restarts before it left correct. finished: see official_attack."""
     if "components" in attack.params:
         crafting = runtime.tf32_convolutions("tf32" in attack.params)
     else:

@@ -307,8 +307,8 @@ class RecordedPass:
         return function
 
     def _outcome(self, function, inputs):
-        """Return the tensors that a function returns, and leaves as gradients; of a batch, how far it moved, which is
-        little beside its values."""
+        """Return the outputs and the gradients. A batch of images is returned as its change, which is small beside the
+        pixels."""
         with untouched(self.model):
             outputs = function(*inputs)
         outputs = outputs if isinstance(outputs, tuple) else (outputs,)
@@ -534,8 +534,8 @@ class Stopped(Exception):
 
 def stoppable(forward, stop):
     """Return `forward`, a callable x -> logits, but raising Stopped once `stop` is filled: on a CPU an attack may take
-    minutes, and none of it is kept. Of several processes none may leave the others, and what is recorded takes no time:
-    there it is `forward` itself."""
+    minutes, and none of it is kept. With several processes, of which none may leave the others, or on a recorded pass,
+    which takes no time, return `forward` unchanged."""
     if rank_and_world()[1] > 1 or isinstance(forward, RecordedPass):
         return forward
 

@@ -70,14 +70,14 @@ def train(args, checkpoint, train_set, val_set, device, stop=()):
     model = models.build_model(args.arch, len(train_set.classes)).to(device)
     run = Run(args, model, train_set, checkpoint)
     try:
-        forward, failure = training_pass(run, train_set), None
-    except runtime.CompileFailed as error:
-        failure = error
-    if runtime.any_process(stop)[0]:  # while compiling, which the signal may have broken: the directory stays as it was
+        forward = training_pass(run, train_set)
+    except runtime.CompileFailed:
+        if runtime.any_process(stop)[0]:  # the signal may have broken the compiler
+            return False
+        raise
+    if runtime.any_process(stop)[0]:  # while compiling: the directory stays as it was
         return False
-    if failure:
-        raise failure
-    update = attacks.recorded(forward, functools.partial(forward_backward, model, forward, args=args))
+    backward = attacks.recorded(forward, functools.partial(forward_backward, model, forward, args=args))
     with run.prepare_directory(checkpoint), contextlib.suppress(runtime.Stopped):
         attack_forward = runtime.stoppable(forward, stop)
         if len(run.rows) < run.step // run.steps_per_epoch:  # stopped in an epoch's validation
@@ -90,7 +90,7 @@ def train(args, checkpoint, train_set, val_set, device, stop=()):
                 x, y, start = training_batch(args, train_set, indices, run.step)
                 x_adv = inner_maximisation(model, attack_forward, x, y, start, args)  # Eq. 5, 10
                 shares = sampled_shares(run, forward, x, x_adv, y)  # of the model that was attacked
-                loss, logits_nat, logits_adv = update(x, x_adv, y)  # section 3.3
+                loss, logits_nat, logits_adv = backward(x, x_adv, y)  # Eq. 4, section 3.3
                 runtime.average_gradients(model)
                 run.optimizer.step()
                 runtime.broadcast_buffers(model)
@@ -338,13 +338,11 @@ def validate(model, forward, val_set, args):
 
 
 def validation_attack(forward, args, num_steps=20):
-    return eval_attacks.make_attack(forward, {
-        "objective": "ce", "epsilon": args.epsilon, "step_size": str(Fraction(args.epsilon) / 10),
-        "num_steps": num_steps, "random_start": "uniform"})
+    return eval_attacks.make_attack(forward, eval_attacks.pgd_params(args.epsilon, num_steps=num_steps))
 
 
 def sampled_shares(run, forward, x, x_adv, y):
-    """Return (3,), for the log: losses.spat_counts and of how many examples, of one batch in SHARES_EVERY; else zeros.
+    """Return (3,), for the log: the two of losses.spat_counts and the batch size, every SHARES_EVERY steps; else zeros.
     """
     if run.args.defense == "standard" or run.step % run.steps_per_epoch % SHARES_EVERY:
         return x.new_zeros(3)

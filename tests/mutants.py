@@ -1,6 +1,6 @@
 """Does the test suite notice? Each mutant breaks one place of the code, and the tests named beside it must then fail.
 
-    pytest -m slow tests/mutants.py
+    pytest -m slow -n 0 tests/mutants.py
 
 A mutant names no file: its snippet must stand in the top-level files exactly once, in whichever.
 """
@@ -66,7 +66,8 @@ MUTANTS = {  # name: (snippet, replacement, *the tests that must fail)
         "num_steps=args.num_steps, random_start=start)", 'num_steps=args.num_steps, random_start="none")',
         "test_flags.py::test_train[--random-start]"),
     "validation takes steps of epsilon / 4": (
-        '"step_size": str(Fraction(args.epsilon) / 10)', '"step_size": str(Fraction(args.epsilon) / 4)',
+        "eval_attacks.pgd_params(args.epsilon, num_steps=num_steps)",
+        "eval_attacks.pgd_params(args.epsilon, num_steps=num_steps, step_size=str(Fraction(args.epsilon) / 4))",
         LOOP),
     "digits are mirrored": (
         "data.augment(images, rng, train_set.mirror)", "data.augment(images, rng)", LOOP),
