@@ -70,7 +70,7 @@ def train(args, checkpoint, train_set, val_set, device, stop=()):
     model = models.build_model(args.arch, len(train_set.classes)).to(device)
     run = Run(args, model, train_set, checkpoint)
     try:
-        forward = training_pass(run, train_set)
+        forward = training_pass(run, train_set, strict=checkpoint is None)
     except runtime.CompileFailed:
         if runtime.any_process(stop)[0]:  # the signal may have broken the compiler
             return False
@@ -171,9 +171,9 @@ def build_optimizer(model, args):
                            nesterov=args.nesterov, fused=True)
 
 
-def training_pass(run, train_set):
+def training_pass(run, train_set, strict):
     """Return a callable x -> logits of the model, as fast as --precision and --compile make it for the run's batches,
-    after a rehearsal of a step of the attack and of the update."""
+    after a rehearsal of a step of the attack and of the update. strict: see runtime.forward_pass."""
     args = run.args
     indices = torch.arange(args.batch_size // run.world) % len(train_set.labels)
     x, y = data.to_float(train_set.images[indices]), train_set.labels[indices]
@@ -182,13 +182,14 @@ def training_pass(run, train_set):
         one_step = argparse.Namespace(**vars(args) | {"num_steps": 1})
         start = torch.full_like(x, float(Fraction(args.epsilon)) / 2)  # not zero, where KL has no gradient
         x_adv = inner_maximisation(run.model, forward, x, y, start, one_step)
-        with models.frozen(run.model):
-            validation_attack(forward, args, 1)(x, y, indices)
+        if args.val_size:
+            with models.frozen(run.model):
+                validation_attack(forward, args, 1)(x, y, indices)
         attacks.recorded(forward, functools.partial(forward_backward, run.model, forward, args=args))(x, x_adv, y)
 
     passes_a_step = 2 if args.defense == "standard" else args.num_steps + 4
     passes = (run.total_steps - run.step) * passes_a_step
-    return runtime.forward_pass(args, run.model, x, passes, rehearsal, SMALLER, strict=run.is_new)
+    return runtime.forward_pass(args, run.model, x, passes, rehearsal, SMALLER, strict=strict)
 
 
 # A run and its directory. ---------------------------------------------------------------------------------------------
@@ -209,7 +210,7 @@ class Run:
         self.steps_per_epoch = math.ceil(len(train_set.labels) / args.batch_size)
         self.total_steps = args.epochs * self.steps_per_epoch
         self.step, self.rows, self.best, self.sums = 0, [], -1.0, torch.zeros(6, device=self.device)
-        self.rate, self.is_new = args.lr, checkpoint is None
+        self.rate = args.lr
         if checkpoint is not None:
             model.load_state_dict(checkpoint["state_dict"])
             self.optimizer.load_state_dict(checkpoint["optimizer"])
