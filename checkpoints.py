@@ -394,3 +394,42 @@ def refuse_deep_tuples(file, number=1):
     tuples = sum(opcode.name.startswith("TUPLE") for _ in range(number) for opcode, _, _ in pickletools.genops(file))
     if tuples > 20_000:
         raise ValueError(f"{tuples} tuples")
+
+
+# A run's directory. ---------------------------------------------------------------------------------------------------
+
+OF_RUN = "last.pt", "last.prev.pt"  # the checkpoint to go on from, and the one before it
+
+
+def of_run(out_dir):
+    """Return the paths of the checkpoints that a run has left to go on from."""
+    return [path for path in (pathlib.Path(out_dir, name) for name in OF_RUN) if path.exists()]
+
+
+def save_run(checkpoint, out_dir):
+    """Save last.pt; the one before it stays as last.prev.pt. Both are whole at any moment."""
+    last, previous = (pathlib.Path(out_dir, name) for name in OF_RUN)
+    if last.exists():
+        write_atomically(previous, last.read_bytes())  # a copy: last.pt stays there
+    save(checkpoint, last)
+
+
+def load_run(out_dir):
+    """Return the newest whole checkpoint of a run, last.pt or else last.prev.pt. Its entry "damage" says what is wrong
+    with last.pt, or is None. Raise ValueError if there is no whole one, or none of a run."""
+    last, previous = (pathlib.Path(out_dir, name) for name in OF_RUN)
+    if not of_run(out_dir):
+        raise ValueError(f"--resume: {out_dir} holds no run (no last.pt)")
+    path, damage = last, None
+    try:
+        checkpoint = load(last)
+    except ValueError as error:
+        if not previous.exists():
+            raise
+        path, damage, checkpoint = previous, str(error), load(previous)
+    if not isinstance(checkpoint, dict) or checkpoint.get("format") != FORMAT:
+        raise ValueError(f"--resume: {path} is not a checkpoint of train_cifar.py")
+    for key in ("args", "state_dict", "optimizer", "step", "rows", "best", "sums", "on"):
+        if checkpoint.get(key) is None:
+            raise ValueError(f"--resume: {path} holds no {key}: a best.pt, or of an older version")
+    return checkpoint | {"damage": damage}

@@ -477,7 +477,7 @@ def todo(cell):
             raise ValueError(f"{path} is of a model that is not in {cell.run}: move it away, or use --results-dir")
     if not any((cell.run / name).exists() for name in ("last.pt", "last.prev.pt")):
         return [cell.training(), *commands]
-    found = train_cifar.load_run(cell.run)
+    found = checkpoints.load_run(cell.run)
     if words := trained_otherwise(found["args"], cell):
         raise ValueError(f"{cell.run} is of another recipe ({', '.join(words)}): move it away")
     if len(found["rows"]) < found["args"]["epochs"]:  # and not log.csv's: it is written before last.pt

@@ -9,8 +9,11 @@
 """
 
 import argparse
+import collections
 import contextlib
+import csv
 import functools
+import io
 import json
 import math
 import os
@@ -59,34 +62,27 @@ FREE_ON_RESUME = ("out_dir", "data_dir", "device", "save_minutes")  # these do n
 YOUNGER = {"mirror": None, "early_stop": None}  # flags that older runs lack, with what these did
 SHARES_EVERY = 8  # steps: the two logged shares of examples cost forward passes of their own
 READ_EVERY = {"cpu": 1, "cuda": 10}  # steps: reading a number waits for the GPU, a signal to several processes for it
+Sums = collections.namedtuple("Sums", "loss natural robust confident easier sampled")  # what an epoch's steps add up
 
 
 def train(args, checkpoint, train_set, val_set, device, stop=()):
-    """Train from the first step, or from a checkpoint of the run, to the end or until `stop` is filled.
-
-    What comes of it is written into args.out_dir. Returns whether the run is complete.
-    """
+    """Train from the first step, or from a checkpoint of the run, to the end or until `stop` is filled, and write what
+    comes of it into args.out_dir. Return whether the run is complete."""
     torch.manual_seed(args.seed)  # for the initial weights; every later draw is a function of (seed, step)
     model = models.build_model(args.arch, len(train_set.classes)).to(device)
     run = Run(args, model, train_set, checkpoint)
-    try:
-        forward = training_pass(run, train_set, strict=checkpoint is None)
-    except runtime.CompileFailed:
-        if runtime.any_process(stop)[0]:  # the signal may have broken the compiler
-            return False
-        raise
-    if runtime.any_process(stop)[0]:  # while compiling: the directory stays as it was
+    forward = training_pass(run, train_set, stop, strict=checkpoint is None)
+    if forward is None:  # stopped while compiling: the directory stays as it was
         return False
     backward = attacks.recorded(forward, functools.partial(forward_backward, model, forward, args=args))
-    with run.prepare_directory(checkpoint), contextlib.suppress(runtime.Stopped):
+    run.prepare_directory(checkpoint)
+    with run.begin(), contextlib.suppress(runtime.Stopped):
         attack_forward = runtime.stoppable(forward, stop)
-        if len(run.rows) < run.step // run.steps_per_epoch:  # stopped in an epoch's validation
-            run.end_epoch(attack_forward, val_set)
-        for epoch in range(run.step // run.steps_per_epoch, args.epochs):
+        for epoch in range(len(run.rows), args.epochs):
             order = data.batches(len(train_set.labels), args.batch_size, args.seed, epoch, aux_images(args)).to(device)
-            for indices in order[run.step % run.steps_per_epoch :]:
+            for indices in order[run.step - epoch * run.steps_per_epoch :]:  # none if stopped in the validation
                 run.pause(stop)
-                run.set_rate(learning_rate(args, epoch + 1, run.step / run.total_steps))
+                run.group["lr"] = learning_rate(args, epoch + 1, run.step / run.total_steps)
                 x, y, start = training_batch(args, train_set, indices, run.step)
                 x_adv = inner_maximisation(model, attack_forward, x, y, start, args)  # Eq. 5, 10
                 shares = sampled_shares(run, forward, x, x_adv, y)  # of the model that was attacked
@@ -124,9 +120,11 @@ def inner_maximisation(model, forward, x, y, start, args):
 
 
 def forward_backward(model, forward, x, x_adv, y, args):
-    """Leave the gradients of the defense's loss (Eq. 4, section 3.3) in the weights; return (loss, logits_nat,
-    logits_adv), None for logits that the defense does without. x and x_adv go through the model apart, natural first:
-    together they would share their batch statistics."""
+    """Leave the gradients of the defense's loss (Eq. 4, section 3.3) in the weights. Return (loss, logits_nat,
+    logits_adv), None for logits that the defense does without.
+
+    x and x_adv go through the model apart, natural first: together they would share their batch statistics.
+    """
     model.train()
     model.zero_grad()
     logits_nat = None if args.defense == "madry" else forward(x)
@@ -171,9 +169,10 @@ def build_optimizer(model, args):
                            nesterov=args.nesterov, fused=True)
 
 
-def training_pass(run, train_set, strict):
+def training_pass(run, train_set, stop, strict):
     """Return a callable x -> logits of the model, as fast as --precision and --compile make it for the run's batches,
-    after a rehearsal of a step of the attack and of the update. strict: see runtime.forward_pass."""
+    after a rehearsal of a step of the attack and of the update; None if `stop` was filled meanwhile. strict: see
+    runtime.forward_pass."""
     args = run.args
     indices = torch.arange(args.batch_size // run.world) % len(train_set.labels)
     x, y = data.to_float(train_set.images[indices]), train_set.labels[indices]
@@ -184,81 +183,83 @@ def training_pass(run, train_set, strict):
         x_adv = inner_maximisation(run.model, forward, x, y, start, one_step)
         if args.val_size:
             with models.frozen(run.model):
-                validation_attack(forward, args, 1)(x, y, indices)
+                eval_attacks.make_attack(forward, eval_attacks.pgd_params(args.epsilon, num_steps=1))(x, y, indices)
         attacks.recorded(forward, functools.partial(forward_backward, run.model, forward, args=args))(x, x_adv, y)
 
     passes_a_step = 2 if args.defense == "standard" else args.num_steps + 4
     passes = (run.total_steps - run.step) * passes_a_step
-    return runtime.forward_pass(args, run.model, x, passes, rehearsal, SMALLER, strict=strict)
+    try:
+        forward = runtime.forward_pass(args, run.model, x, passes, rehearsal, SMALLER, strict=strict)
+    except runtime.CompileFailed:
+        if not runtime.any_process(stop)[0]:  # else the signal may have broken the compiler
+            raise
+        return None
+    return None if runtime.any_process(stop)[0] else forward
 
 
 # A run and its directory. ---------------------------------------------------------------------------------------------
 
 
 class Run:
-    """A training run after some of its steps: what is counted, logged, saved and restored.
-
-    It holds no random state, as every draw is a function of (seed, step). Rank 0 alone writes into args.out_dir.
-    checkpoint: what to go on from, or None.
-    """
+    """A training run after some of its steps: what is counted, logged, saved and restored. It holds no random state, as
+    every draw is a function of (seed, step). Rank 0 alone writes. checkpoint: what to go on from, or None."""
 
     def __init__(self, args, model, train_set, checkpoint=None):
-        self.args, self.model, self.classes = args, model, train_set.classes
-        self.image_size = list(train_set.images.shape[2:])
+        self.args, self.model, self.train_set = args, model, train_set
         self.optimizer = build_optimizer(model, args)
         self.device, (self.rank, self.world) = train_set.images.device, runtime.rank_and_world()
         self.steps_per_epoch = math.ceil(len(train_set.labels) / args.batch_size)
         self.total_steps = args.epochs * self.steps_per_epoch
-        self.step, self.rows, self.best, self.sums = 0, [], -1.0, torch.zeros(6, device=self.device)
-        self.rate = args.lr
+        self.step, self.rows, self.best, self.saved_step = 0, [], -1.0, None
+        self.sums = torch.zeros(len(Sums._fields), device=self.device)  # in their order
         if checkpoint is not None:
             model.load_state_dict(checkpoint["state_dict"])
             self.optimizer.load_state_dict(checkpoint["optimizer"])
-            self.rate = self.optimizer.param_groups[0]["lr"]
-            self.step, self.rows, self.best = checkpoint["step"], checkpoint["rows"], checkpoint["best"]
+            self.step = self.saved_step = checkpoint["step"]
+            self.rows, self.best = checkpoint["rows"], checkpoint["best"]
             self.sums = checkpoint["sums"].to(self.device)
             on = [self.device.type, self.world]
             if self.rank == 0 and checkpoint["on"] != on:
                 print(f"resumed on {on}, was on {checkpoint['on']}: no longer equal to the bit")
+        self.group = self.optimizer.param_groups[0]  # its entry lr is the rate
 
     def check_weights(self):
         """Raise FloatingPointError if the last update broke the weights. The loss that is checked is of before it."""
         if not all(parameter.isfinite().all() for parameter in self.model.parameters()):
-            raise FloatingPointError(f"weights are not finite after step {self.step}, lr {self.rate:g}")
+            raise FloatingPointError(f"weights are not finite after step {self.step}, lr {self.group['lr']:g}")
 
     def checkpoint(self):
         """Return what is saved."""
         self.check_weights()
-        return {"format": checkpoints.FORMAT, "args": vars(self.args), "classes": self.classes,
-                "image_size": self.image_size, "epoch": self.step // self.steps_per_epoch,
-                "state_dict": self.model.state_dict(), "optimizer": self.optimizer.state_dict(),
-                "step": self.step, "rows": self.rows, "best": self.best, "sums": self.sums,
-                "on": [self.device.type, self.world]}
+        return {"format": checkpoints.FORMAT, "args": vars(self.args), "classes": self.train_set.classes,
+                "image_size": list(self.train_set.images.shape[2:]), "epoch": self.step // self.steps_per_epoch,
+                "state_dict": self.model.state_dict(), "optimizer": self.optimizer.state_dict(), "step": self.step,
+                "rows": self.rows, "best": self.best, "sums": self.sums, "on": [self.device.type, self.world]}
 
     def prepare_directory(self, checkpoint):
-        """Write args.json, and save a new run, so that from its first step on it can be resumed; return the bar.
+        """Write args.json, and save a new run, so that from its first step on it can be resumed.
 
         Of a resumed run last.prev.pt takes the place of a last.pt that load_run found damaged: else the next save would
         put that one over the only whole checkpoint.
         """
+        out_dir = pathlib.Path(self.args.out_dir)
         if self.rank == 0:
-            out_dir = pathlib.Path(self.args.out_dir)
             checkpoints.write_atomically(out_dir / "args.json", json.dumps(vars(self.args), indent=2).encode())
-            if checkpoint is None:
-                save_run(self.checkpoint(), out_dir)
-            elif checkpoint["damage"]:
+            if checkpoint is not None and checkpoint["damage"]:
                 print(f"{checkpoint['damage']}; going on from the checkpoint before it, last.prev.pt")
                 os.replace(out_dir / "last.prev.pt", out_dir / "last.pt")
-        self.saved = self.epoch_start = time.perf_counter()
-        self.saved_step = self.epoch_first_step = self.step
+        self.save()
+
+    def begin(self):
+        """Start the first epoch's clock and return the progress bar."""
+        self.epoch_start, self.epoch_first_step = time.perf_counter(), self.step
         size = self.args.batch_size
         self.bar = tqdm(total=self.total_steps * size, initial=self.step * size, unit="img", unit_scale=True,
                         dynamic_ncols=True, mininterval=1.0, disable=self.rank > 0)
         return self.bar
 
     def pause(self, stop):
-        """Show, between two steps, how the epoch goes, and save every --save-minutes. Raises Stopped if `stop` is
-        filled."""
+        """Show how the epoch goes, and save every --save-minutes. Raise Stopped if `stop` is filled."""
         if self.step % READ_EVERY[self.device.type] and not (stop and self.world == 1):
             return  # several must agree on when to ask
         if self.step % self.steps_per_epoch:
@@ -270,11 +271,6 @@ class Run:
         if save_now:
             self.save()
 
-    def set_rate(self, rate):
-        self.rate = rate
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
-
     def count(self, counts):
         """Add a step; counts: (6,), this process's tally and shares."""
         self.sums += runtime.sum_over_processes(counts) / self.world
@@ -282,16 +278,15 @@ class Run:
         self.bar.update(self.args.batch_size)
 
     def show(self):
-        """Show the epoch so far on the bar. Raises FloatingPointError if its loss is not finite."""
+        """Show the epoch so far on the bar. Raise FloatingPointError if its loss is not finite."""
         epoch, i = divmod(self.step - 1, self.steps_per_epoch)
-        loss, _, robust = (self.sums[:3] / (i + 1)).tolist()
-        if not math.isfinite(loss):
-            raise FloatingPointError(f"the loss is {loss} by step {self.step} of epoch {epoch + 1}, lr {self.rate:g}")
-        text = f"loss {loss:.3f}"
-        if self.args.defense != "standard":
-            text += f", robust {robust:.1%}"
+        means = Sums(*(self.sums / (i + 1)).tolist())
+        if not math.isfinite(means.loss):
+            raise FloatingPointError(
+                f"the loss is {means.loss} by step {self.step} of epoch {epoch + 1}, lr {self.group['lr']:g}")
+        robust = "" if self.args.defense == "standard" else f", robust {means.robust:.1%}"
         self.bar.set_description(f"epoch {epoch + 1}/{self.args.epochs}", refresh=False)
-        self.bar.set_postfix_str(text, refresh=False)
+        self.bar.set_postfix_str(f"loss {means.loss:.3f}{robust}", refresh=False)
 
     def end_epoch(self, forward, val_set):
         """Validate and log; save the run and, if it is the best so far, best.pt."""
@@ -299,10 +294,11 @@ class Run:
         self.check_weights()
         seconds = time.perf_counter() - self.epoch_start
         images = (self.step - self.epoch_first_step) * self.args.batch_size
-        row = {"epoch": self.step // self.steps_per_epoch, "lr": self.rate}
-        row |= epoch_row(self.args, self.sums.tolist(), self.steps_per_epoch)
+        row = {"epoch": self.step // self.steps_per_epoch, "lr": self.group["lr"]}
+        row |= epoch_row(self.args, Sums(*self.sums.tolist()), self.steps_per_epoch)
         row |= validate(self.model, forward, val_set, self.args)
-        self.rows.append(row | {"seconds": seconds, "images_per_s": images / seconds})
+        row |= {"seconds": seconds, "images_per_s": images / seconds}
+        self.rows.append(row)
         self.sums.zero_()
         score = row["val_natural_accuracy" if self.args.defense == "standard" else "val_robust_accuracy"]
         is_best = score is not None and score >= self.best  # of equals the later one, at a lower rate
@@ -312,21 +308,21 @@ class Run:
             if is_best:
                 checkpoints.save(self.checkpoint() | {"optimizer": None}, pathlib.Path(self.args.out_dir, "best.pt"))
             write_log(self.args.out_dir, self.rows)
-            self.bar.write(summary(self.rows, self.args, len(self.classes)))
+            self.bar.write(summary(self.rows, self.args, len(self.train_set.classes)))
         self.epoch_start, self.epoch_first_step = time.perf_counter(), self.step
         self.saved_step = None  # the row is new, even where no step is
         self.save()
 
     def save(self):
         if self.rank == 0 and self.step != self.saved_step:
-            save_run(self.checkpoint(), self.args.out_dir)
+            checkpoints.save_run(self.checkpoint(), self.args.out_dir)
         self.saved, self.saved_step = time.perf_counter(), self.step
 
 
 def validate(model, forward, val_set, args):
-    """Return a dict of accuracy and mean cross entropy on the held-out images, natural and by PGD-20; values are None
-    where none are held out."""
-    pgd20, row = validation_attack(forward, args), {}
+    """Return the log's columns of the held-out images, None where there are none: accuracy and mean cross entropy,
+    natural and by PGD-20."""
+    pgd20, row = eval_attacks.make_attack(forward, eval_attacks.pgd_params(args.epsilon)), {}
     batch_size = args.batch_size // runtime.rank_and_world()[1]  # the training step's, for which the model is compiled
     with models.frozen(model):
         for name, attack in (("natural", None), ("robust", pgd20)):
@@ -338,13 +334,8 @@ def validate(model, forward, val_set, args):
     return row
 
 
-def validation_attack(forward, args, num_steps=20):
-    return eval_attacks.make_attack(forward, eval_attacks.pgd_params(args.epsilon, num_steps=num_steps))
-
-
 def sampled_shares(run, forward, x, x_adv, y):
-    """Return (3,), for the log: the two of losses.spat_counts and the batch size, every SHARES_EVERY steps; else zeros.
-    """
+    """Return (3,), the last of Sums: losses.spat_counts and the batch size every SHARES_EVERY steps, else zeros."""
     if run.args.defense == "standard" or run.step % run.steps_per_epoch % SHARES_EVERY:
         return x.new_zeros(3)
     with models.frozen(run.model):
@@ -355,27 +346,20 @@ def sampled_shares(run, forward, x, x_adv, y):
 
 @torch.no_grad()
 def tally(loss, logits_nat, logits_adv, y):
-    """Return (3,), for the log: the loss, the natural and the robust training accuracy, 0 without logits."""
+    """Return (3,), the first of Sums: the loss, the natural and the robust training accuracy, 0 without logits."""
     right = [torch.zeros_like(loss) if logits is None else (logits.argmax(1) == y).float().mean()
              for logits in (logits_nat, logits_adv)]
     return torch.stack([loss, *right])
 
 
 def epoch_row(args, sums, steps):
-    """Return the log's columns from the epoch's running sums; None, an empty cell, for what the defense does without.
-    """
-    loss, natural, robust, confident, easier, sampled = sums
-    row = dict.fromkeys(("train_loss", "train_natural_accuracy", "train_robust_accuracy",
-                         "share_p_y_above_1_minus_alpha", "share_made_easier"))
-    row["train_loss"] = loss / steps
-    if args.defense != "madry":
-        row["train_natural_accuracy"] = natural / steps
-    if args.defense != "standard":
-        row["train_robust_accuracy"] = robust / steps
-        row["share_made_easier"] = easier / sampled
-        if args.defense != "trades" or args.spat_alpha is not None:
-            row["share_p_y_above_1_minus_alpha"] = confident / sampled
-    return row
+    """Return the log's columns of an epoch's Sums; None, an empty cell, for what the defense does without."""
+    attacked, by_label = args.defense != "standard", args.defense != "trades" or args.spat_alpha is not None
+    return {"train_loss": sums.loss / steps,
+            "train_natural_accuracy": None if args.defense == "madry" else sums.natural / steps,
+            "train_robust_accuracy": sums.robust / steps if attacked else None,
+            "share_p_y_above_1_minus_alpha": sums.confident / sums.sampled if attacked and by_label else None,
+            "share_made_easier": sums.easier / sums.sampled if attacked else None}
 
 
 def summary(rows, args, num_classes):
@@ -396,56 +380,25 @@ def summary(rows, args, num_classes):
 
 def write_log(out_dir, rows):
     """Write log.csv, and curves.png drawn from it. rows: a dict an epoch, None for an empty cell."""
-    lines = [list(rows[0])]
-    for row in rows:
-        lines.append([f"{value:.6g}" if isinstance(value, float) else value for value in row.values()])
-    text = "\n".join(",".join("" if cell is None else str(cell) for cell in line) for line in lines) + "\n"
-    checkpoints.write_atomically(pathlib.Path(out_dir, "log.csv"), text.encode())
+    text = io.StringIO()
+    cells = [[f"{value:.6g}" if isinstance(value, float) else value for value in row.values()] for row in rows]
+    csv.writer(text, lineterminator="\n").writerows([rows[0].keys(), *cells])
+    checkpoints.write_atomically(pathlib.Path(out_dir, "log.csv"), text.getvalue().encode())
 
     from matplotlib.figure import Figure  # here, so that loading a model does not wait for it
 
     figure = Figure(figsize=(9, 3.2), layout="constrained")
-    epochs = [row["epoch"] for row in rows]
-    for axes, unit, scale in zip(figure.subplots(1, 2), ("accuracy", "loss"), (100, 1), strict=True):
+    for axes, unit in zip(figure.subplots(1, 2), ("accuracy", "loss"), strict=True):
         for name in rows[0]:
             values = [row[name] for row in rows]
-            if name.endswith(f"_{unit}") and None not in values:
+            if name.endswith(unit) and None not in values:
                 style = ".--" if name.startswith("train") else ".-"
-                axes.plot(epochs, [scale * value for value in values], style, label=name.removesuffix(f"_{unit}"))
-        axes.set(xlabel="epoch", ylabel="accuracy (%)" if unit == "accuracy" else "loss")
+                axes.plot([row["epoch"] for row in rows], values, style, label=name)
+        axes.set(xlabel="epoch", ylabel=unit)
         axes.xaxis.get_major_locator().set_params(integer=True)
         axes.grid(alpha=0.3)
         axes.legend(fontsize=8)
     checkpoints.write_atomically(pathlib.Path(out_dir, "curves.png"), lambda file: figure.savefig(file, dpi=100))
-
-
-def save_run(checkpoint, out_dir):
-    """Save last.pt; the one before it stays as last.prev.pt. Both are whole at any moment."""
-    last = pathlib.Path(out_dir, "last.pt")
-    if last.exists():
-        checkpoints.write_atomically(last.with_name("last.prev.pt"), last.read_bytes())  # a copy: last.pt stays there
-    checkpoints.save(checkpoint, last)
-
-
-def load_run(out_dir):
-    """Return the newest whole checkpoint of a run, last.pt or else last.prev.pt; its entry "damage" then says why, else
-    it is None. Raises ValueError if there is none."""
-    last, previous = pathlib.Path(out_dir, "last.pt"), pathlib.Path(out_dir, "last.prev.pt")
-    if not last.exists() and not previous.exists():
-        raise ValueError(f"--resume: {out_dir} holds no run (no last.pt)")
-    path, damage = last, None
-    try:
-        checkpoint = checkpoints.load(last)
-    except ValueError as error:
-        if not previous.exists():
-            raise
-        path, damage, checkpoint = previous, str(error), checkpoints.load(previous)
-    if not isinstance(checkpoint, dict) or checkpoint.get("format") != checkpoints.FORMAT:
-        raise ValueError(f"--resume: {path} is not a checkpoint of train_cifar.py")
-    for key in ("args", "state_dict", "optimizer", "step", "rows", "best", "sums", "on"):
-        if checkpoint.get(key) is None:
-            raise ValueError(f"--resume: {path} holds no {key}: a best.pt, or of an older version")
-    return checkpoint | {"damage": damage}
 
 
 # Flags. ---------------------------------------------------------------------------------------------------------------
@@ -454,32 +407,29 @@ def parse_args(argv=None):
     """Return (the parser, the flags that were typed as a dict); what was not typed is not in it."""
     parser = runtime.Parser(prog="train_cifar.py", description=__doc__)
 
-    def group(title):
-        def add(flag, help, **settings):
-            words = default_words(flag.removeprefix("--").replace("-", "_"))
-            flags.add_argument(flag, help=f"{help} (default: {words})" if words else help, **settings)
-        flags = parser.add_argument_group(title)
-        return add
+    def add(flag, help, **settings):
+        name = flag.removeprefix("--").replace("-", "_")
+        words = "; ".join(f"{of}: {defaults[name]}" for of, defaults in DEFAULTS.items() if name in defaults)
+        words = f" (default: {words.removeprefix('all: ')})" if words else ""
+        group.add_argument(flag, help=help + words, **settings)
 
-    add = group("what to train")
-    add("--defense", "minimise this method's loss; required for a new run", choices=OUTER, type=method)
-    add("--spat-alpha", "SPAT: attack by LSCE with this α in [0, 1]; without it by CE for madry and mart, by KL for "
-        "trades", type=runtime.unit_float, metavar="A")
+    group = parser.add_argument_group("what to train")
+    add("--defense", f"minimise the loss of this method, one of {', '.join(OUTER)}; required for a new run")
+    add("--spat-alpha", "SPAT: attack by LSCE with this α in [0, 1], no CE or KL", type=runtime.unit_float, metavar="A")
     add("--beta", "weight of the KL term", type=runtime.natural_float, metavar="B")
     add("--arch", f"architecture, one of {models.ARCHS}")
     add("--recipe", "whose defaults to take: MART's, or RST's for --aux-data", choices=("mart", "rst"))
     add("--seed", "seed of the first weights and of every draw", type=runtime.natural_int)
-    add = group("data")
+    group = parser.add_argument_group("data")
     add("--dataset", f"{', '.join(data.NAMED)}, or a folder with train/CLASS/*.png and test/CLASS/*.png")
     add("--data-dir", "where CIFAR is, or is downloaded to", metavar="DIR")
     add("--val-size", "hold out N images to choose best.pt; 0: only last.pt", type=runtime.natural_int, metavar="N")
     add("--limit-train", "train on the first N images only", type=runtime.positive_int, metavar="N")
     add("--aux-data", "pseudo-labelled images to train on as well: RST's pickle, or pseudo_label.py's", metavar="FILE")
     add("--aux-fraction", "their share of each batch", type=runtime.fraction_below_one, metavar="F")
-    add("--mirror", "train on mirrored images too, --no-mirror for digits or text; without either all data "
-        "sets but --dataset digits are mirrored",
-        action=argparse.BooleanOptionalAction)
-    add = group("optimiser")
+    add("--mirror", "train on mirrored images too, --no-mirror for digits or text; without either all data sets but "
+        "--dataset digits are mirrored", action=argparse.BooleanOptionalAction)
+    group = parser.add_argument_group("optimiser")
     add("--epochs", "how often each image is seen", type=runtime.positive_int, metavar="N")
     add("--batch-size", "images a step, of all processes together", type=runtime.positive_int, metavar="N")
     add("--lr", "highest learning rate", type=runtime.positive_float)
@@ -489,54 +439,36 @@ def parse_args(argv=None):
     add("--momentum", "momentum of SGD", type=runtime.unit_float, metavar="M")
     add("--nesterov", "take Nesterov's momentum", action=argparse.BooleanOptionalAction)
     add("--weight-decay", "weight decay of SGD", type=runtime.natural_float, metavar="W")
-    add = group("attack")
+    group = parser.add_argument_group("attack")
     add("--epsilon", "radius of the L-inf ball", type=runtime.ratio, metavar="E")
     add("--step-size", "step of the attack; without it epsilon / 4", type=runtime.ratio, metavar="S")
     add("--num-steps", "steps of the attack", type=runtime.positive_int, metavar="N")
     add("--random-start", "where the attack starts", choices=attacks.RANDOM_STARTS)
-    add("--early-stop", "FAT: an image that the model gets wrong moves T more steps only", type=runtime.natural_int,
-        metavar="T")
+    add("--early-stop", "FAT: what the model gets wrong moves T more steps only", type=runtime.natural_int, metavar="T")
     runtime.add_runtime_flags(parser)
-    add = group("output")
+    group = parser.add_argument_group("output")
     add("--out-dir", "directory of the run; without it runs/DATASET-ARCH-DEFENSE[-spatA][-stopT]-sSEED", metavar="DIR")
     add("--save-minutes", "save this often, and after every epoch", type=runtime.natural_float, metavar="M")
     add("--resume", "go on with the run in --out-dir where it stopped", action="store_true", default=None)
     return parser, {key: value for key, value in vars(parser.parse_args(argv)).items() if value is not None}
 
 
-def method(name):
-    if name == "spat":
-        raise argparse.ArgumentTypeError("SPAT changes the attack of a method: --defense mart --spat-alpha 0.3, say")
-    return name
-
-
-def default_words(name):
-    """Return what DEFAULTS says of an argument, for the help: "90; digits: 12; rst: 200"."""
-    words = []
-    for of, defaults in DEFAULTS.items():
-        if name in defaults:
-            value = {"None": "none", "True": "on", "False": "off"}.get(str(defaults[name]), str(defaults[name]))
-            words.append(value if of == "all" else f"{of}: {value}")
-    return "; ".join(words)
-
-
 def with_defaults(typed):
-    """Return `typed` and the defaults of its data set, defense and recipe as a namespace. Raises ValueError where flags
+    """Return `typed` and the defaults of its data set, defense and recipe as a namespace. Raise ValueError where flags
     contradict one another."""
-    if "defense" not in typed:
-        raise ValueError(f"--defense is required: {', '.join(OUTER)}")
-    dataset = typed.get("dataset", DEFAULTS["all"]["dataset"])
-    recipe = typed.get("recipe", DEFAULTS["all"]["recipe"])
+    if typed.get("defense") not in OUTER:
+        raise ValueError(f"--defense is required: {', '.join(OUTER)}; with SPAT --defense mart --spat-alpha 0.3, say")
+    dataset, recipe = (typed.get(name, DEFAULTS["all"][name]) for name in ("dataset", "recipe"))
     args = {}
-    for name in DEFAULTS:
+    for name, defaults in DEFAULTS.items():
         if name in ("all", typed["defense"], dataset, f"{dataset} {typed['defense']}", f"recipe {recipe}"):
-            args.update(DEFAULTS[name])
+            args |= defaults
     args = argparse.Namespace(**args | typed)
     models.parse_arch(args.arch)
     first, second = args.lr_milestones or (0, 0)
     for wrong, why in (
-        (args.defense == "standard" and "spat_alpha" in typed, "--spat-alpha: standard training has no attack"),
-        (args.defense == "standard" and "early_stop" in typed, "--early-stop: standard training has no attack"),
+        (args.defense == "standard" and {"spat_alpha", "early_stop"} & typed.keys(),
+         "--spat-alpha, --early-stop: standard training has no attack"),
         (args.defense in ("standard", "madry") and "beta" in typed, f"--beta: {args.defense} has no KL term"),
         (args.defense == "trades" and args.spat_alpha is None and args.random_start == "none",
          "--random-start none: KL(p(x) || p(x)) is 0 with gradient 0, the attack would not move"),
@@ -556,31 +488,27 @@ def with_defaults(typed):
         args.step_size = str(Fraction(args.epsilon) / 4)
     if "out_dir" not in typed:
         name = args.dataset if args.dataset in data.NAMED else pathlib.Path(args.dataset).resolve().name
-        args.out_dir = f"runs/{name}-{args.arch}-{args.defense}"
-        if args.spat_alpha is not None:
-            args.out_dir += f"-spat{args.spat_alpha:g}"
-        if args.early_stop is not None:
-            args.out_dir += f"-stop{args.early_stop}"
-        if args.aux_data:
-            args.out_dir += "-aux"
-        args.out_dir += f"-s{args.seed}"
+        alpha = "" if args.spat_alpha is None else f"-spat{args.spat_alpha:g}"
+        stop = "" if args.early_stop is None else f"-stop{args.early_stop}"
+        aux = "-aux" if args.aux_data else ""
+        args.out_dir = f"runs/{name}-{args.arch}-{args.defense}{alpha}{stop}{aux}-s{args.seed}"
     return args
 
 
 def new_or_resumed(typed):
-    """Return (arguments, None or the checkpoint to go on from). Raises ValueError if a run would be overwritten, or
+    """Return (arguments, None or the checkpoint to go on from). Raise ValueError if a run would be overwritten, or
     altered."""
     if typed.get("out_dir") == "":
         raise ValueError("--out-dir: an empty name")
     if not typed.get("resume"):
         args = with_defaults(typed)
-        if any(pathlib.Path(args.out_dir, name).exists() for name in ("last.pt", "last.prev.pt", "best.pt", "log.csv")):
+        if any(pathlib.Path(args.out_dir, name).exists() for name in (*checkpoints.OF_RUN, "best.pt", "log.csv")):
             raise ValueError(f"--out-dir {args.out_dir} holds a run already: add --resume, or choose another")
         return args, None
     out_dir = typed.get("out_dir") or with_defaults(typed).out_dir
-    checkpoint = load_run(out_dir)
+    checkpoint = checkpoints.load_run(out_dir)
     of_run = YOUNGER | checkpoint["args"]
-    if missing := vars(with_defaults({"defense": "madry"})).keys() - of_run.keys():
+    if missing := DEFAULTS["all"].keys() - of_run.keys():
         raise ValueError(f"--resume: {out_dir} is of an older version: it has no {min(missing)}")
     settled = ("resume", True), ("precision", "auto"), ("compile", "auto")
     typed = dict(flag for flag in typed.items() if flag not in settled)
@@ -591,20 +519,28 @@ def new_or_resumed(typed):
     return argparse.Namespace(**of_run | typed | {"out_dir": out_dir}), checkpoint
 
 
-def describe_checkpoints(out_dir):
-    """Return what a failed run leaves to go on from, in words."""
-    paths = [pathlib.Path(out_dir, name) for name in ("last.pt", "last.prev.pt")]
-    names = [str(path) for path in paths if path.exists()]
-    return f"the last checkpoints are {' and '.join(names)}" if names else "no checkpoint was written yet"
+def load_data(args, checkpoint):
+    """Return (the images to train on, the ones held out). Raise ValueError or OSError where something is wrong with
+    either, or with the images of --aux-data. checkpoint: of the run, or None."""
+    dataset = data.load(args.dataset, args.data_dir, train=True)
+    if checkpoint is not None:
+        dataset = data.fitted(dataset, args.dataset, checkpoint)
+    if args.mirror is not None:
+        dataset = dataset._replace(mirror=args.mirror)
+    train_set, val_set = data.split(dataset, args.val_size, args.limit_train)
+    if args.aux_data:
+        arrays = checkpoints.load_arrays(args.aux_data, optional=["training_indices"])
+        train_set = data.pseudo_labelled(args.aux_data, arrays, train_set)
+        data.check_leak(args.aux_data, arrays, dataset, args.val_size)
+    return train_set, val_set
 
 
 def what_next(args, complete):
     """Return the last words of a run: the command that evaluates it, or how a stopped one goes on."""
-    out_dir = pathlib.Path(args.out_dir)
     if complete:
-        model_path = out_dir / ("best.pt" if args.val_size else "last.pt")
+        model_path = pathlib.Path(args.out_dir, "best.pt" if args.val_size else "last.pt")
         return f"python eval_attacks.py --model-path {shlex.quote(str(model_path))}"
-    if not (out_dir / "last.pt").exists():
+    if not checkpoints.of_run(args.out_dir):
         return "stopped before the first step, nothing to save; the same command starts again"
     return f"stopped and saved; go on with\npython train_cifar.py --resume --out-dir {shlex.quote(args.out_dir)}"
 
@@ -617,16 +553,7 @@ def main(argv=None):
             device, rank, world = stack.enter_context(runtime.join_job(args.device))
             if args.batch_size % world:
                 raise ValueError(f"--batch-size {args.batch_size} cannot be split evenly over {world} processes")
-            dataset = data.load(args.dataset, args.data_dir, train=True)
-            if checkpoint is not None:
-                dataset = data.fitted(dataset, args.dataset, checkpoint)
-            if args.mirror is not None:
-                dataset = dataset._replace(mirror=args.mirror)
-            train_set, val_set = data.split(dataset, args.val_size, args.limit_train)
-            if args.aux_data:
-                arrays = checkpoints.load_arrays(args.aux_data, optional=["training_indices"])
-                train_set = data.pseudo_labelled(args.aux_data, arrays, train_set)
-                data.check_leak(args.aux_data, arrays, dataset, args.val_size)
+            train_set, val_set = load_data(args, checkpoint)
             runtime.barrier()  # nobody has found anything wrong
             if rank == 0:
                 stack.enter_context(runtime.run_lock(args.out_dir))
@@ -639,7 +566,9 @@ def main(argv=None):
         try:
             complete = train(args, checkpoint, train_set.to(device), val_set.to(device), device, stop)
         except (FloatingPointError, *runtime.FAULTS) as error:
-            sys.exit(f"{parser.prog}: {error}; {describe_checkpoints(args.out_dir)}")
+            left = " and ".join(map(str, checkpoints.of_run(args.out_dir)))
+            left = f"the last checkpoints are {left}" if left else "no checkpoint was written yet"
+            sys.exit(f"{parser.prog}: {error}; {left}")
         if rank == 0:
             print(what_next(args, complete))
         if not complete:

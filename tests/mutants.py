@@ -50,7 +50,7 @@ MUTANTS = {  # name: (snippet, replacement, *the tests that must fail)
         "test_runtime.py::test_a_compiler_that_was_asked_for_and_fails_ends_the_run_in_one_line"),
     # training
     "the rate is never set": (
-        'group["lr"] = rate', "pass", LOOP),
+        'run.group["lr"] = learning_rate(', "_ = learning_rate(", LOOP),
     "the schedule is one epoch behind": (
         "learning_rate(args, epoch + 1, ", "learning_rate(args, epoch, ", LOOP),
     "--nesterov is ignored": (
@@ -66,8 +66,8 @@ MUTANTS = {  # name: (snippet, replacement, *the tests that must fail)
         "num_steps=args.num_steps, random_start=start)", 'num_steps=args.num_steps, random_start="none")',
         "test_flags.py::test_train[--random-start]"),
     "validation takes steps of epsilon / 4": (
-        "eval_attacks.pgd_params(args.epsilon, num_steps=num_steps)",
-        "eval_attacks.pgd_params(args.epsilon, num_steps=num_steps, step_size=str(Fraction(args.epsilon) / 4))",
+        "eval_attacks.pgd_params(args.epsilon))",
+        "eval_attacks.pgd_params(args.epsilon, step_size=str(Fraction(args.epsilon) / 4)))",
         LOOP),
     "digits are mirrored": (
         "data.augment(images, rng, train_set.mirror)", "data.augment(images, rng)", LOOP),
@@ -122,8 +122,8 @@ MUTANTS = {  # name: (snippet, replacement, *the tests that must fail)
         "for logits in (logits_nat, logits_adv)]", "for logits in (logits_adv, logits_nat)]",
         "test_train.py::test_the_tally_counts_per_example"),
     "the logged loss is the last epoch's mean over images": (
-        'row["train_loss"] = loss / steps',
-        'row["train_loss"] = loss / (steps * args.batch_size)',
+        '"train_loss": sums.loss / steps',
+        '"train_loss": sums.loss / (steps * args.batch_size)',
         LOOP),
     "the share of every step is logged": (
         "% run.steps_per_epoch % SHARES_EVERY", "% run.steps_per_epoch % 1",
@@ -144,11 +144,11 @@ MUTANTS = {  # name: (snippet, replacement, *the tests that must fail)
         "pass",
         "test_train.py::test_a_stopped_run_goes_on_to_the_same_end[4-flags2]"),
     "a resumed run begins its epoch anew": (
-        "order[run.step % run.steps_per_epoch :]", "order",
+        "order[run.step - epoch * run.steps_per_epoch :]", "order",
         "test_train.py::test_a_stopped_run_goes_on_to_the_same_end[4-flags2]"),
     "the best score is lost on resume": (
-        'checkpoint["step"], checkpoint["rows"], checkpoint["best"]',
-        'checkpoint["step"], checkpoint["rows"], -1.0',
+        'self.rows, self.best = checkpoint["rows"], checkpoint["best"]',
+        'self.rows = checkpoint["rows"]',
         "test_train.py::test_a_resumed_run_remembers_its_best"),
     "--save-minutes counts seconds": (
         "> 60 * self.args.save_minutes", "> self.args.save_minutes",
@@ -367,7 +367,7 @@ MUTANTS = {  # name: (snippet, replacement, *the tests that must fail)
     "checksums are not looked at": (
         "if archive.testzip():", "if False:", "test_checkpoints.py::test_no_flipped_or_missing_byte_goes_unseen"),
     "last.prev.pt is not kept": (
-        'checkpoints.write_atomically(last.with_name("last.prev.pt"), last.read_bytes())',
+        "write_atomically(previous, last.read_bytes())",
         "pass",
         "test_checkpoints.py::test_a_run_keeps_the_checkpoint_before_the_last"),
     "a loaded model is in train mode": (

@@ -18,7 +18,6 @@ import torch
 import checkpoints
 import models
 import runtime
-import train_cifar
 
 
 def own_checkpoint(path, arch="wrn-10-1", num_classes=4):
@@ -135,11 +134,11 @@ def test_a_failed_save_leaves_the_old_file(tmp_path, monkeypatch):
 def test_a_run_keeps_the_checkpoint_before_the_last(tmp_path, capsys):
     rest = dict.fromkeys(("args", "state_dict", "optimizer", "rows", "best", "sums", "on"), 0)
     for step in (1, 2):
-        train_cifar.save_run({"format": checkpoints.FORMAT, "step": step} | rest, tmp_path)
-    assert train_cifar.load_run(tmp_path)["step"] == 2
+        checkpoints.save_run({"format": checkpoints.FORMAT, "step": step} | rest, tmp_path)
+    assert checkpoints.load_run(tmp_path)["step"] == 2
     (tmp_path / "last.pt").write_bytes(b"cut")
-    assert train_cifar.load_run(tmp_path)["step"] == 1
-    assert "damaged" in train_cifar.load_run(tmp_path)["damage"]
+    assert checkpoints.load_run(tmp_path)["step"] == 1
+    assert "damaged" in checkpoints.load_run(tmp_path)["damage"]
 
 
 def test_a_file_system_without_locks(tmp_path, monkeypatch, capsys):
@@ -149,7 +148,7 @@ def test_a_file_system_without_locks(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(fcntl, "flock", refuse)
     with runtime.run_lock(tmp_path):
         for step in (1, 2):
-            train_cifar.save_run({"step": step}, tmp_path)
+            checkpoints.save_run({"step": step}, tmp_path)
     assert "cannot be locked" in capsys.readouterr().out
     assert [checkpoints.load(tmp_path / name)["step"] for name in ("last.prev.pt", "last.pt")] == [1, 2]
     assert sorted(file.name for file in tmp_path.iterdir()) == [".lock", "last.prev.pt", "last.pt"]

@@ -90,7 +90,7 @@ def test_onecycle_rises_to_the_peak_and_falls_to_zero():
 
 BAD = {  # name: (arguments, what the one line says)
     "no defense": ([], "--defense is required"),
-    "unknown defense": (["--defense", "fat"], "invalid choice: 'fat'"),
+    "unknown defense": (["--defense", "fat"], "--defense is required: standard, madry, trades, mart"),
     "unknown data": (["--defense", "mart", "--dataset", "mnist"], "unknown data set 'mnist'"),
     "bad arch": (["--defense", "mart", "--arch", "wrn-33-10"], "unknown architecture"),
     "alpha above 1": (["--defense", "mart", "--spat-alpha", "1.1"], "'1.1' is not a number in [0, 1]"),
@@ -315,7 +315,7 @@ def test_it_saves_every_so_many_minutes(tmp_path, monkeypatch):
 
     monkeypatch.setattr(data, "augment", slow)
     monkeypatch.setattr(train_cifar.time, "perf_counter", lambda: clock[0])
-    monkeypatch.setattr(train_cifar, "save_run", lambda state, out_dir: saved.append(state["step"]))
+    monkeypatch.setattr(checkpoints, "save_run", lambda state, out_dir: saved.append(state["step"]))
     train_cifar.main(["--defense", "madry", *TINY, "--epochs", "1", "--batch-size", "8", "--save-minutes", "1",
                       "--out-dir", str(tmp_path)])
     assert saved == [0, 3, 6]  # after 75 seconds, and at the end
@@ -584,7 +584,7 @@ def test_a_failed_save_after_a_fall_back_leaves_what_it_fell_back_on(tmp_path, m
     with monkeypatch.context() as patch, pytest.raises(SystemExit, match="No space left on device"):
         patch.setattr(torch, "save", full)
         train_cifar.main(["--resume", "--out-dir", str(tmp_path)])
-    assert train_cifar.load_run(tmp_path)["step"] == step
+    assert checkpoints.load_run(tmp_path)["step"] == step
 
 
 def test_a_gpu_out_of_memory_ends_in_one_line(tmp_path, monkeypatch):
