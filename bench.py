@@ -77,8 +77,7 @@ def measure(args):
             del works
             torch.compiler.reset()
             gc.collect()
-            if args.torch_device.type == "cuda":
-                torch.cuda.empty_cache()
+            torch.cuda.empty_cache()  # on a CPU this does nothing
     of_textbook = {row["work"]: row["images_per_s"] for row in rows if row["side"] == "textbook"}
     for row in rows:
         row["ratio"] = row["images_per_s"] / of_textbook[row["work"]]
@@ -119,10 +118,8 @@ def table(rows):
         if "gpu_seconds" in row:
             line += f"{row['gpu_seconds']:>11.4g}{row['gpu_busy']:>10.0%}"
         lines.append(line)
-    for row in rows:
-        if "hours_of_90_epochs" in row:
-            lines.append(f"{row['side']}: 90 epochs of this take {row['hours_of_90_epochs']:.1f} hours")
-    return "\n".join(lines)
+    return "\n".join(lines + [f"{row['side']}: 90 epochs of this take {row['hours_of_90_epochs']:.1f} hours"
+                              for row in rows if "hours_of_90_epochs" in row])
 
 
 # The sides. Each builds (its name, its arithmetic, {name of the work: function without arguments}). -------------------
@@ -130,9 +127,8 @@ def table(rows):
 
 def sides_of(args):
     """Return the functions that build the sides to be timed."""
-    last = args.compile
-    if last == "auto":
-        last = "graphs" if args.torch_device.type == "cuda" else "on"
+    auto = "graphs" if args.torch_device.type == "cuda" else "on"
+    last = auto if args.compile == "auto" else args.compile
     levels = list(LEVELS)[: list(LEVELS).index(last) + 1]
     sides = [functools.partial(textbook, args)]
     if args.precision == "bf16":
@@ -200,8 +196,8 @@ def textbook(args):
 
 
 def ours(args, precision, level):
-    """Build a side of this repository, of the functions that train_cifar.py and eval_attacks.py call. In float32 the
-    evaluation crafts as eval_attacks.py does, on a GPU with TF32."""
+    """Build a side of the functions that train_cifar.py and eval_attacks.py call. An evaluation in float32 crafts with
+    TF32, as theirs on a GPU does."""
     model = models.build_model(args.arch).to(args.torch_device)
     train_args = train_cifar.with_defaults({k: vars(args)[k] for k in ("defense", "arch", "num_steps", "batch_size")})
     optimizer = train_cifar.build_optimizer(model, train_args)
@@ -209,7 +205,8 @@ def ours(args, precision, level):
     x_eval, y_eval = batch(args, args.eval_batch_size, torch.channels_last)
     pixels, plain = x_eval.mul(255).byte(), runtime.plain_pass(model, precision)
     forward, forward_eval = (runtime.fast_pass(model, plain, like, level) for like in (x, x_eval))
-    forward.strict = forward_eval.strict = True  # what cannot be recorded is no row of "graphs"
+    if level == "graphs":
+        forward.strict = forward_eval.strict = True  # what cannot be recorded is no row of it
     update = attacks.recorded(forward, functools.partial(train_cifar.forward_backward, model, forward, args=train_args))
 
     def attack():
@@ -229,8 +226,8 @@ def ours(args, precision, level):
         with models.frozen(model):
             eval_attacks.attacked_logits(model, pixels, y_eval, pgd, args.eval_batch_size)
 
-    works = {"training step": step, "attack alone": attack, "evaluation": evaluation}
-    return f"ours, {precision} {LEVELS[level]}", precision, works
+    name = f"ours, {precision} {LEVELS[level]}"
+    return name, precision, {"training step": step, "attack alone": attack, "evaluation": evaluation}
 
 
 if __name__ == "__main__":

@@ -55,10 +55,9 @@ def main(argv=None):
     except (ValueError, FloatingPointError, *runtime.FAULTS) as error:
         parser.error(error)
     try:
-        model = model.to(device)
+        model, images = model.to(device), images.to(device)
         with models.frozen(model), tqdm(total=len(images), unit="img", unit_scale=True, dynamic_ncols=True) as bar:
-            logits = eval_attacks.attacked_logits(model, images.to(device), None, batch_size=args.batch_size,
-                                                  progress=bar.update)
+            logits = eval_attacks.attacked_logits(model, images, None, batch_size=args.batch_size, progress=bar.update)
         labels = logits.argmax(1).cpu()
         arrays = {"data": pixels, "extrapolated_targets": labels.numpy()}
         if args.dataset:

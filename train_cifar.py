@@ -62,7 +62,7 @@ FREE_ON_RESUME = ("out_dir", "data_dir", "device", "save_minutes")  # these do n
 YOUNGER = {"mirror": None, "early_stop": None}  # flags that older runs lack, with what these did
 SHARES_EVERY = 8  # steps: the two logged shares of examples cost forward passes of their own
 READ_EVERY = {"cpu": 1, "cuda": 10}  # steps: reading a number waits for the GPU, a signal to several processes for it
-Sums = collections.namedtuple("Sums", "loss natural robust confident easier sampled")  # what an epoch's steps add up
+Sums = collections.namedtuple("Sums", "loss natural robust confident easier sampled")  # of an epoch's steps so far
 
 
 def train(args, checkpoint, train_set, val_set, device, stop=()):
@@ -272,7 +272,7 @@ class Run:
             self.save()
 
     def count(self, counts):
-        """Add a step; counts: (6,), this process's tally and shares."""
+        """Add a step to the sums; counts: (6,), this process's tally and shares."""
         self.sums += runtime.sum_over_processes(counts) / self.world
         self.step += 1
         self.bar.update(self.args.batch_size)
@@ -392,8 +392,7 @@ def write_log(out_dir, rows):
         for name in rows[0]:
             values = [row[name] for row in rows]
             if name.endswith(unit) and None not in values:
-                style = ".--" if name.startswith("train") else ".-"
-                axes.plot([row["epoch"] for row in rows], values, style, label=name)
+                axes.plot([row["epoch"] for row in rows], values, ".-", label=name)
         axes.set(xlabel="epoch", ylabel=unit)
         axes.xaxis.get_major_locator().set_params(integer=True)
         axes.grid(alpha=0.3)
