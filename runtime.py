@@ -265,7 +265,7 @@ class RecordedPass:
         return function
 
     def _outcome(self, function, inputs):
-        """Return the outputs, of images how far they moved, which is small beside the pixels, and the gradients."""
+        """Return the outputs, images as their change, which is small beside the pixels, and the gradients."""
         outputs = function(*inputs)
         outputs = outputs if isinstance(outputs, tuple) else (outputs,)
         gradients = [p.grad.clone() for p in self.model.parameters() if p.grad is not None]
@@ -352,7 +352,7 @@ def pick_precision(name, device, evaluates=False):
 
 
 def pick_device(name):
-    """Return the torch.device for "auto", "cpu" or "cuda", set up; raise ValueError for a cuda that is missing."""
+    """Return the torch.device for "auto", "cpu" or "cuda", and set how it computes. Raise ValueError without CUDA."""
     if name == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda: torch finds no CUDA device here")
     if name == "cpu" or not torch.cuda.is_available():
@@ -483,21 +483,20 @@ def run_lock(out_dir):
 def deferred_signals(notice="", second=signal.SIG_DFL):
     """Yield a list to which a first SIGINT or SIGTERM only appends its number, and print the notice then, so that what
     is at hand can be saved. Another one is handled by `second`, by default it ends the process at once."""
-    received, before = [], {}
+    received, numbers = [], (signal.SIGINT, signal.SIGTERM)
 
     def note(number, frame):
         received.append(number)
-        for each in before:
+        for each in numbers:
             signal.signal(each, second)
         if notice:
             print(f"\n{notice}", file=sys.stderr)
 
-    for number in (signal.SIGINT, signal.SIGTERM):
-        before[number] = signal.signal(number, note)
+    before = [signal.signal(number, note) for number in numbers]
     try:
         yield received
     finally:
-        for number, handler in before.items():
+        for number, handler in zip(numbers, before, strict=True):
             signal.signal(number, handler)
 
 
