@@ -22,72 +22,82 @@ def pgd(model, x, target, objective, *, epsilon, step_size, num_steps, random_st
     Raise ValueError on another kind, on an epsilon outside (0, 1], and on values of x outside [0, 1]: of normalised
     images the result would lie far outside the ball.
     """
-    _check(x, epsilon)
-    if not isinstance(random_start, torch.Tensor):
-        random_start = start_perturbation(random_start, x, epsilon)
-    # x_adv <- project(x_adv + step_size·sign(gradient)); a GPU records the step once and replays it
+    x_adv = _first_iterate(x, random_start, epsilon)
     step = _recorded_step(_step, model, objective, epsilon, step_size)
-    x_adv = project(x + random_start, x, epsilon)
     for _ in range(num_steps):
         x_adv = step(x_adv, x, target)
     return x_adv
 
 
-def early_stopped_pgd(model, x, y, target, objective, *, tau, epsilon, step_size, num_steps, random_start):
+def early_stopped_pgd(model, x, y, target, objective, *, tau, epsilon, step_size, num_steps, random_start="uniform"):
     """Return what PGD comes to if an image that the model gets wrong, label y (B,), moves tau more steps and then stops
-    (FAT, Zhang et al. 2020, Algorithm 1); for the rest see pgd, random_start a tensor."""
+    (FAT, Zhang et al. 2020, Algorithm 1); for the rest see pgd."""
+    x_adv, left = _first_iterate(x, random_start, epsilon), torch.full_like(y, tau)
     step = _recorded_step(_early_stopped_step, model, objective, epsilon, step_size)
-    x_adv, left = project(x + random_start, x, epsilon), torch.full_like(y, tau)
     for _ in range(num_steps):
         x_adv, left = step(x_adv, x, target, y, left)
     return x_adv
 
 
-def _early_stopped_step(model, objective, move, x_adv, x, target, y, left):
-    logits = None
+_checked = set()
 
-    def watched(x):
-        nonlocal logits
-        logits = model(x)
-        return logits
 
-    moved = _step(watched, objective, move, x_adv, x, target)
-    wrong = logits.detach().argmax(1) != y
-    moves = (~wrong | (left > 0))[:, None, None, None]  # not sorted out of the batch, which keeps its shape
-    return torch.where(moves, moved, x_adv), left - wrong.long()
+def _first_iterate(x, random_start, epsilon):
+    if not 0 < epsilon <= 1:
+        raise ValueError(f"epsilon must be in (0, 1], not {epsilon}")
+    # each look at the values waits for the GPU: one for each shape is enough
+    if not (x.is_cuda and x.shape in _checked) and not (x.min() >= 0 and x.max() <= 1):
+        raise ValueError(f"x must be in [0, 1], not in [{x.min():.4g}, {x.max():.4g}]: normalise inside the model")
+    _checked.add(x.shape)
+    if not isinstance(random_start, torch.Tensor):
+        random_start = start_perturbation(random_start, x, epsilon)
+    return project(x + random_start, x, epsilon)
 
 
 def _recorded_step(step, model, objective, epsilon, step_size):
+    """Return step(x_adv, x, target, ...) of this model; on a GPU it is recorded once and replayed, see recorded."""
     move = functools.partial(_ascend, epsilon=epsilon, step_size=step_size)
     if hasattr(model, "compiled"):  # a runtime.RecordedPass
         objective, move = model.compiled(objective), model.compiled(move)
     return recorded(model, functools.partial(step, model, objective, move))
 
 
-_checked = set()
-
-
-def _check(x, epsilon):
-    if not 0 < epsilon <= 1:
-        raise ValueError(f"epsilon must be in (0, 1], not {epsilon}")
-    if x.is_cuda and x.shape in _checked:  # each look at the values waits for the GPU: one for each shape is enough
-        return
-    if not (x.min() >= 0 and x.max() <= 1):
-        raise ValueError(f"x must be in [0, 1], not in [{x.min():.4g}, {x.max():.4g}]: normalise inside the model")
-    _checked.add(x.shape)
+def recorded(model, function):
+    """Return the function of tensors; where the model is a runtime.RecordedPass, one that a GPU replays."""
+    return model.recorded(function) if hasattr(model, "recorded") else function
 
 
 def _step(model, objective, move, x_adv, x, target):
     return move(x_adv, input_gradient(model, x_adv, target, objective), x)
 
 
+def _early_stopped_step(model, objective, move, x_adv, x, target, y, left):
+    logits, gradient = _logits_and_gradient(model, x_adv, target, objective)
+    wrong = logits.argmax(1) != y
+    moves = (~wrong | (left > 0))[:, None, None, None]  # not sorted out of the batch, which keeps its shape
+    return torch.where(moves, move(x_adv, gradient, x), x_adv), left - wrong.long()
+
+
 def _ascend(x_adv, gradient, x, *, epsilon, step_size):
     return project(x_adv + step_size * gradient.sign(), x, epsilon)
 
 
-def recorded(model, function):
-    """Return the function of tensors; where the model is a runtime.RecordedPass, one that a GPU replays."""
-    return model.recorded(function) if hasattr(model, "recorded") else function
+def project(x_adv, x, epsilon):
+    """Return the point of the ε-ball around x, and of [0, 1], that is closest to x_adv."""
+    return (x + (x_adv - x).clamp(-epsilon, epsilon)).clamp(0, 1)
+
+
+def input_gradient(model, x, target, objective):
+    """Return d sum(objective(model(x), target)) / dx: the sum, as an example's step must not depend on its batch."""
+    return _logits_and_gradient(model, x, target, objective)[1]
+
+
+def _logits_and_gradient(model, x, target, objective):
+    with torch.enable_grad():
+        x = x.detach().requires_grad_()
+        logits = model(x)
+        # not by backward(), which would compute the weights' gradients and leave them in .grad
+        return logits.detach(), torch.autograd.grad(objective(logits, target).sum(), x)[0]
 
 
 def fgsm(model, x, y, *, epsilon):
@@ -101,19 +111,6 @@ def _cross_entropy(logits, y):
 
 def _at_least_float32(logits):
     return logits if logits.dtype == torch.float64 else logits.float()
-
-
-def project(x_adv, x, epsilon):
-    """Return the point of the ε-ball around x, and of [0, 1], that is closest to x_adv."""
-    return (x + (x_adv - x).clamp(-epsilon, epsilon)).clamp(0, 1)
-
-
-def input_gradient(model, x, target, objective):
-    """Return d sum(objective(model(x), target)) / dx. The sum and not the mean: an example's step must not depend on
-    its batch. autograd.grad and not backward(): no .grad is left behind and no weight gradient is computed."""
-    with torch.enable_grad():
-        x = x.detach().requires_grad_()
-        return torch.autograd.grad(objective(model(x), target).sum(), x)[0]
 
 
 def probabilities(model, x):
@@ -134,26 +131,22 @@ def _logits(model, x):
 def start_perturbation(kind, like, epsilon, generator=None):
     """Return a perturbation shaped like the tensor `like`: "uniform" in the ε-ball, "gaussian" 0.001·N(0, 1) as TRADES
     and MART start, or "none" (zero). generator: on like's device. Raise ValueError on another kind."""
-    noise = torch.empty(like.shape, device=like.device, dtype=like.dtype)
+    if kind not in RANDOM_STARTS:
+        raise ValueError(f"random start must be one of {', '.join(RANDOM_STARTS)}, not {kind!r}")
+    noise = torch.zeros(like.shape, device=like.device, dtype=like.dtype)
     if kind == "uniform":
         noise.uniform_(-epsilon, epsilon, generator=generator)
-    elif kind == "gaussian":
+    if kind == "gaussian":
         noise.normal_(0, 0.001, generator=generator)
-    elif kind == "none":
-        noise.zero_()
-    else:
-        raise ValueError(f"random start must be one of {', '.join(RANDOM_STARTS)}, not {kind!r}")
     return torch.zeros_like(like) + noise  # zeros_like keeps the memory format
 
 
 def start_per_image(kind, like, epsilon, indices, seed=0, restart=0):
-    """Return such a perturbation, one draw an image, each a function of (seed, restart, the image's index) alone: an
-    evaluation's result then depends on neither its batch size nor the number of processes. Drawn on the CPU.
-    Raise ValueError for a restart above 999, which would be one of the next seed's."""
+    """Return such a perturbation, each image's drawn on the CPU from (seed, restart, the image's index) alone: so an
+    evaluation depends on neither batch size nor processes. Raise ValueError for a restart above 999, the next seed's.
+    """
     if restart > 999:
         raise ValueError(f"restart {restart}: a seed has 1000 restarts, from 0 on")
-    if kind == "none":
-        return torch.zeros_like(like)
     starts, one = [], torch.empty_like(like[:1], device="cpu")
     for index in indices.tolist():
         # seeds of one evaluation differ in the low bits only, which torch's Mersenne twister spreads well enough; of
@@ -164,8 +157,8 @@ def start_per_image(kind, like, epsilon, indices, seed=0, restart=0):
 
 
 def worst_iterate(attack, model, score):
-    """Run attack(model), and return of every example the iterate, of all that passed through the model, whose
-    score(logits), (B,), is lowest. With the margin as score an example is broken if any step breaks it (RST's rule)."""
+    """Run attack(model) and return, of all iterates that passed through the model, each example's of lowest
+    score(logits), (B,). With the margin as score an example is broken if any step breaks it (RST's rule)."""
     lowest, kept = None, None
 
     def watched(x):
@@ -175,9 +168,8 @@ def worst_iterate(attack, model, score):
             now = score(logits)
             if lowest is None:
                 lowest, kept = now, x.detach()
-            else:
-                kept = torch.where((now < lowest)[:, None, None, None], x, kept)
-                lowest = torch.where(now < lowest, now, lowest)
+            kept = torch.where((now < lowest)[:, None, None, None], x, kept)
+            lowest = torch.where(now < lowest, now, lowest)
         return logits
 
     last = attack(watched)
@@ -206,30 +198,24 @@ def for_autoattack(model):
 
 
 @contextlib.contextmanager
-def _left_as_found(model, device):
-    """Restore what pyautoattack alters: the global random state and the trace function. Keep it from filling the
-    parameters' gradients, and cuDNN from timing its algorithms anew for each of the many batch sizes that it sends."""
-    parameters = list(model.parameters()) if isinstance(model, torch.nn.Module) else []
-    before, trace = [(parameter, parameter.requires_grad) for parameter in parameters], sys.gettrace()
-    cudnn = torch.backends.cudnn
+def _left_as_found(device):
+    """Restore the global random state, which pyautoattack seeds, and the trace function, which it sets. Keep cuDNN from
+    timing its algorithms anew for each of the many batch sizes that it sends."""
+    trace, cudnn = sys.gettrace(), torch.backends.cudnn
     try:
         with (torch.random.fork_rng([device] if device.type == "cuda" else []),
               cudnn.flags(enabled=cudnn.enabled, benchmark=False, allow_tf32=cudnn.allow_tf32)):
-            for parameter in parameters:
-                parameter.requires_grad_(False)
             yield
     finally:
         sys.settrace(trace)
-        for parameter, requires_grad in before:
-            parameter.requires_grad_(requires_grad)
 
 
 def autoattack(model, x, y, *, epsilon, batch_size, seed=0, components=None, on_component=None):
     """Run AutoAttack for L-inf (Croce and Hein 2020), its standard version, by pyautoattack, the official code. Return
     x_adv: x itself where the model is wrong already or nothing succeeded.
 
-    model: in eval mode, its logits float32. components: of COMPONENTS, in the order in which they run; None for the
-    standard four (only those may be called AutoAttack). on_component(name, robust), robust (B,) bool, after each.
+    model: frozen, its logits float32. components: of COMPONENTS, in the order in which they run; None for the standard
+    four (only those may be called AutoAttack). on_component(name, robust), robust (B,) bool, is called after each.
     batch_size and seed alter the result: state them. Raise ValueError for less than 4 classes.
     """
     from pyautoattack import AutoAttack  # its import costs a second
@@ -241,7 +227,7 @@ def autoattack(model, x, y, *, epsilon, batch_size, seed=0, components=None, on_
     for component in check_autoattack(logits.shape[1], components):
         standing = robust.nonzero()[:, 0]
         if len(standing):
-            with _left_as_found(model, x.device):
+            with _left_as_found(x.device):
                 attack = AutoAttack(model, device=x.device, eps=epsilon, norm="Linf", seed=seed, version="standard")
                 attack.attacks_to_run = [component]
                 for targeted in (attack.apgd_targeted, attack.fab):
@@ -257,7 +243,7 @@ def square(model, x, y, *, epsilon, num_queries, seed=0):
     """Run Square (Andriushchenko et al. 2020), which needs no gradient, by pyautoattack. Return x_adv."""
     from pyautoattack.square import SquareAttack
 
-    with _left_as_found(model, x.device), torch.no_grad():
+    with _left_as_found(x.device), torch.no_grad():
         attack = SquareAttack(model, p_init=0.8, n_queries=num_queries, eps=epsilon, norm="Linf", seed=seed,
                               device=x.device, resc_schedule=False)
         return attack.perturb(x.contiguous(), y)

@@ -1,9 +1,8 @@
 """What attacks maximise and what training minimises, as functions of logits only.
 
 Shapes: logits (B, K); y (B,) int64; p_ref (B, K). The functions named *_loss return a scalar, the mean over the batch;
-the others, but for spat_counts, one value an example, (B,). Half-precision logits are computed in float32; float64
-stays float64.
-Equation numbers are those of "Semantics-Preserving Adversarial Training" (SPAT), where no other paper is named.
+the others, but for spat_counts, one value an example, (B,). All compute in float32 at least. Equation numbers are those
+of "Semantics-Preserving Adversarial Training" (SPAT), where no other paper is named.
 """
 
 import torch
@@ -18,9 +17,8 @@ def cross_entropy(logits, y):
 def lsce(logits, y, alpha):
     """Return the label-smoothed cross entropy, Eq. 8-9, (B,): 1-α on the true class, α/(K-1) on each other class.
 
-    alpha is a float or a (B,) tensor in [0, 1]. A float outside raises ValueError. This is not
-    F.cross_entropy(label_smoothing=alpha): torch spreads its value over all K classes, the true one included. So α
-    here is αK/(K-1) there, and torch refuses values above 1.
+    alpha is a float or a (B,) tensor in [0, 1]; a float outside raises ValueError. F.cross_entropy(label_smoothing=...)
+    spreads its value over all K classes, the true one included: α is αK/(K-1) there, which torch refuses above 1.
     """
     if not isinstance(alpha, torch.Tensor) and not 0 <= alpha <= 1:
         raise ValueError(f"alpha must be in [0, 1], not {alpha}")
@@ -37,8 +35,8 @@ def kl_divergence(logits, p_ref):
 
 
 def cw_margin(logits, y, kappa=50.0):
-    """Return -max(z_y - max_{k != y} z_k + κ, 0), (B,): the CW-inf objective as MART's code runs it with PGD (Carlini
-    and Wagner 2017 with confidence κ). An attack that reaches margin -κ stops moving."""
+    """Return -max(z_y - max_{k != y} z_k + κ, 0), (B,): CW-inf (Carlini and Wagner 2017 with confidence κ) as MART's
+    code runs it with PGD. An attack that reaches margin -κ stops moving."""
     return -(margin(logits, y) + kappa).clamp(min=0)
 
 

@@ -45,20 +45,17 @@ class Parser(argparse.ArgumentParser):
         message = " ".join(str(message).split())
         if message.startswith("unrecognized arguments: --"):
             typed = message.split()[2].partition("=")[0]
-            message += "".join(f"; did you mean {flag}?" for flag in
-                               difflib.get_close_matches(typed, self._option_string_actions, 1))
-        print(f"{self.prog}: error: {message}", file=sys.stderr)
-        raise SystemExit(2)
+            for flag in difflib.get_close_matches(typed, self._option_string_actions, 1):
+                message += f"; did you mean {flag}?"
+        self.exit(2, f"{self.prog}: error: {message}\n")
 
 
 def _checked(convert, accept, wanted):
     def parse(text):
-        try:
+        with contextlib.suppress(ValueError, ZeroDivisionError):
             value = convert(text)
             if accept(value):
                 return value
-        except (ValueError, ZeroDivisionError):
-            pass
         raise argparse.ArgumentTypeError(f"{text!r} is not {wanted}")
     return parse
 
@@ -66,29 +63,24 @@ def _checked(convert, accept, wanted):
 # below 2**30, so that 64 bits hold whatever is made of them
 positive_int = _checked(int, lambda v: 0 < v < 2**30, "an integer above 0 (and below 2^30)")
 natural_int = _checked(int, lambda v: 0 <= v < 2**30, "an integer of 0 or more (and below 2^30)")
-positive_float = _checked(float, lambda v: 0 < v < float("inf"), "a finite number above 0")
-natural_float = _checked(float, lambda v: 0 <= v < float("inf"), "a finite number of 0 or more")
+positive_float = _checked(float, lambda v: 0 < v < math.inf, "a finite number above 0")
+natural_float = _checked(float, lambda v: 0 <= v < math.inf, "a finite number of 0 or more")
 fraction_below_one = _checked(float, lambda v: 0 <= v < 1, "a number of 0 or more and below 1")
 unit_float = _checked(float, lambda v: 0 <= v <= 1, "a number in [0, 1]")
+# stays as given; not above 1, because images have values in [0, 1]
+ratio = _checked(str, lambda v: 0 < Fraction(v) <= 1, "a fraction or decimal in (0, 1], such as 8/255 or 0.031")
 three_numbers = _checked(lambda text: tuple(map(float, text.split(","))),
                          lambda v: len(v) == 3 and all(map(math.isfinite, v)), "three numbers, as in 0.5,0.5,0.5")
 
 
-def ratio(text):
-    """Return "8/255" or "0.031" as given, after a check that it lies in (0, 1]: images have values in [0, 1]."""
-    _checked(Fraction, lambda v: 0 < v <= 1, "a fraction or decimal in (0, 1], such as 8/255 or 0.031")(text)
-    return text
-
-
 def check_output(flag, path):
-    """Raise ValueError if a file could not be written at `path`, before the work whose result it is to hold. A path of
-    None passes."""
+    """Raise ValueError if a file could not be written at `path`, before the work for it is done. None passes."""
     if path is None:
         return
-    path, folder = pathlib.Path(path), pathlib.Path(path).resolve().parent
+    folder = pathlib.Path(path).resolve().parent
     if not folder.is_dir():
         raise ValueError(f"{flag} {path}: its folder does not exist")
-    if (path.exists() and not path.is_file()) or not path.name or not os.access(folder, os.W_OK):
+    if (pathlib.Path(path).exists() and not pathlib.Path(path).is_file()) or not os.access(folder, os.W_OK):
         raise ValueError(f"{flag} {path}: cannot be written there")
 
 
@@ -113,8 +105,9 @@ def duration(minutes):
 
 
 class _Output(io.FileIO):
+    """A stream that drops what nobody reads any more: behind `| head -1` the work goes on."""
+
     def write(self, content):
-        """Write, or drop the content if nobody reads it any more: behind `| head -1` the work goes on."""
         try:
             return super().write(content)
         except BrokenPipeError:
@@ -125,26 +118,24 @@ def forgive_output():
     """Let neither a character that the terminal lacks, printed as "?", nor a closed pipe end the work."""
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
-        if isinstance(stream, io.TextIOWrapper) and stream is getattr(sys, f"__{name}__"):
-            stream.flush()
-            raw = _Output(stream.fileno(), "w", closefd=False)
-            setattr(sys, name, io.TextIOWrapper(io.BufferedWriter(raw), stream.encoding, "replace",
-                                                line_buffering=stream.line_buffering or stream.write_through))
-        elif hasattr(stream, "reconfigure"):  # as pytest's, which are replaced for each test
+        if hasattr(stream, "reconfigure"):  # a notebook's has none
             stream.reconfigure(errors="replace")
+            if stream is getattr(sys, f"__{name}__"):
+                binary = io.BufferedWriter(_Output(stream.fileno(), "w", closefd=False))
+                setattr(sys, name, io.TextIOWrapper(binary, stream.encoding, stream.errors, line_buffering=(
+                    stream.line_buffering or stream.write_through)))
 
 
 # Device, precision and compiling. -------------------------------------------------------------------------------------
 
 
 def forward_pass(args, model, x, passes, rehearsal=None, too_long=None, strict=True, evaluates=False):
-    """Return a callable x -> logits of the model, as args.precision and args.compile ask for.
+    """Return a callable x -> logits of the model, as args.precision and args.compile ask for; write into args, and onto
+    the screen, what these two come to on this machine, the same in all processes.
 
-    What these two come to on this machine is written into args, the same in all processes, and onto the screen.
-    x: a batch like those to come; passes: how many passes over such batches. rehearsal(forward) does once what is to
-    come (default: a pass of an attack); where it fails the next slower level is taken, or, if the level was asked for
-    and strict, CompileFailed raised. too_long: what to say where a CPU needs more than a day. evaluates: "auto" means
-    float32.
+    x: a batch like those to come; passes: how many. rehearsal(forward) does once what is to come (default: a pass of an
+    attack); where it fails the next slower level is taken, or CompileFailed raised if a level was asked for and strict.
+    too_long: what to say where a CPU needs more than a day. evaluates: "auto" means float32.
     """
     asked = args.compile
     args.precision, why_precision = from_rank_0(pick_precision(args.precision, x.device, evaluates))
@@ -156,15 +147,15 @@ def forward_pass(args, model, x, passes, rehearsal=None, too_long=None, strict=T
     while args.compile != "off":
         start, failure = time.perf_counter(), None
         try:
-            forward = fast_pass(model, plain, x, args.compile)
-            forward.strict = True
+            forward = fast_pass(model, plain, x, args.compile, strict=True)
             with untouched(model):
                 rehearsal(forward) if rehearsal else attack_pass(model, forward, x)
         except Exception as error:  # whatever the toolchain may raise
             failure = in_a_line(error)
         if not any_process(failure)[0]:
             say(f"{time.perf_counter() - start:.0f} s to compile and try")
-            forward.strict = strict and asked == "graphs"
+            if args.compile == "graphs":
+                forward.strict = strict and asked == "graphs"
             return forward
         failure = f"--compile {args.compile} failed, {failure or 'in another process'}"
         if strict and asked != "auto":
@@ -181,6 +172,10 @@ class CompileFailed(Exception):
 FAULTS = OSError, torch.OutOfMemoryError, CompileFailed  # of the machine: one line, exit status 1 and no traceback
 
 
+def in_a_line(error):
+    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+
+
 def plain_pass(model, precision="fp32"):
     """Return a callable x -> logits that runs the model, under bf16 autocast if precision is "bf16"."""
     def forward(x):
@@ -189,16 +184,17 @@ def plain_pass(model, precision="fp32"):
     return forward
 
 
-def fast_pass(model, plain, x, level):
-    """Return the callable `plain`, x -> logits, at a level of --compile, for batches like x."""
-    if level == "off":
-        return plain
-    return RecordedPass(model, compiled(plain), x) if level == "graphs" else compiled(plain)
+def fast_pass(model, plain, x, level, strict=False):
+    """Return the callable `plain` at a level of --compile, for batches like x. strict: what cannot be recorded raises
+    CompileFailed; else it is run compiled, and said."""
+    if level == "graphs":
+        return RecordedPass(model, compiled(plain), x, strict)
+    return compiled(plain) if level == "on" else plain
 
 
 def compiled(function):
-    """Return torch.compile's version of a function of tensors, with code of its own: torch keeps its graphs with the
-    code object, which closures share, and after eight of them falls silently back to eager."""
+    """Return torch.compile's version of a function of tensors. It gets code of its own, because torch counts versions
+    by the code, which closures share, and falls silently back to eager after eight."""
     def run(*inputs):
         return function(*inputs)
     run.__code__ = run.__code__.replace()
@@ -215,23 +211,71 @@ def attack_pass(model, forward, x):
 @contextlib.contextmanager
 def untouched(model):
     """Put back the model's buffers, which training passes alter, at the end."""
-    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
+    before = {name: buffer.clone() for name, buffer in model.named_buffers()}
     try:
         yield
     finally:
-        with torch.no_grad():
-            for buffer, before in buffers:
-                buffer.copy_(before)  # in place: a CUDA graph reads it where it lies
+        model.load_state_dict(before, strict=False)  # it copies in place: a CUDA graph reads them where they lie
+
+
+class RecordedPass:
+    """A callable x -> logits of a model, compiled, which also records what calls it again and again."""
+
+    def __init__(self, model, forward, x, strict=False):
+        self.model, self.forward, self.shape, self.strict = model, forward, x.shape, strict
+        # one pool for all: each keeps its inputs and outputs, and fills the rest anew at every replay
+        self.pool, self.made = torch.cuda.graph_pool_handle(), {}
+
+    def __call__(self, x):
+        return self.forward(x)
+
+    def recorded(self, function):
+        """Return the same function of tensors, of which the first is a batch, but replayed where that has x's shape."""
+        def replay(*inputs):
+            if inputs[0].shape != self.shape:
+                return function(*inputs)
+            return self._once(self._record, function, inputs)(*inputs)
+        return replay
+
+    def compiled(self, function):
+        """Return the same function, compiled, for use within a recorded one: a few kernels take the place of many."""
+        return self._once(compiled, function)
+
+    def _once(self, make, function, *others):
+        key = make.__name__, self.model.training, _value(function)
+        if key not in self.made:
+            self.made[key] = make(function, *others), function  # kept, so that its id stays its own
+        return self.made[key][0]
+
+    def _record(self, function, inputs):
+        """Return a Recording that was compared with the function, or the function itself where it cannot be had."""
+        try:
+            with untouched(self.model):
+                expected = self._outcome(function, inputs)
+                recording = Recording(function, inputs, self.pool, list(self.model.parameters()))
+                found = self._outcome(recording, inputs)
+            if not any(differ(a, b) for a, b in zip(expected, found, strict=True)):
+                return recording
+            failure = "replayed it gives other values"
+        except RuntimeError as error:
+            failure, self.pool = in_a_line(error), torch.cuda.graph_pool_handle()
+        if self.strict:
+            raise CompileFailed(f"--compile graphs failed, {failure}")
+        print(f"a step could not be recorded, {failure}; going on without", file=sys.stderr)
+        return function
+
+    def _outcome(self, function, inputs):
+        """Return the outputs, images as their change, which is small beside the pixels, and the gradients."""
+        outputs = function(*inputs)
+        outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+        gradients = [p.grad.clone() for p in self.model.parameters() if p.grad is not None]
+        return [out - inputs[0] if out.shape == self.shape else out for out in outputs if out is not None] + gradients
 
 
 class Recording:
-    """A function of tensors as one CUDA graph: called with others of the same shapes, a GPU replays its kernels without
-    waiting for the CPU to launch them. It returns copies; the gradients that it leaves in parameters are overwritten by
-    its next call.
-
-    The function returns a tensor, or a tuple of tensors and None. What it reads besides its inputs, such as weights,
-    is read where it lies; numbers are recorded as they were.
-    """
+    """A function of tensors, which returns copies of a tensor or of a tuple of tensors and None, as one CUDA graph:
+    called with others of the same shapes, a GPU replays its kernels without waiting for the CPU. Besides its inputs it
+    reads tensors where they lie and numbers as they were; the gradients of one call are overwritten by the next."""
 
     def __init__(self, function, inputs, pool, parameters):
         self.inputs = [given.detach().clone() for given in inputs]
@@ -260,70 +304,10 @@ class Recording:
         return self.outputs.clone()
 
 
-class RecordedPass:
-    """A callable x -> logits of a model, compiled, which also records what calls it again and again."""
-
-    def __init__(self, model, forward, x):
-        self.model, self.forward, self.shape, self.strict = model, forward, x.shape, False
-        # one pool for all: each keeps its inputs and outputs, and fills the rest anew at every replay
-        self.pool, self.made = torch.cuda.graph_pool_handle(), {}
-
-    def __call__(self, x):
-        return self.forward(x)
-
-    def recorded(self, function):
-        """Return the same function of tensors, which calls this pass, but replayed. The first tensor is a batch; one
-        of another shape than x is not worth a recording."""
-        def replay(*inputs):
-            if inputs[0].shape != self.shape:
-                return function(*inputs)
-            return self._once(self._record, function, inputs)(*inputs)
-        return replay
-
-    def compiled(self, function):
-        """Return the same function, compiled, for use within a recorded one: a few kernels take the place of many."""
-        return self._once(compiled, function)
-
-    def _once(self, make, function, *others):
-        key = make.__name__, self.model.training, _value(function)
-        if key not in self.made:
-            self.made[key] = make(function, *others), function  # kept, so that its id stays its own
-        return self.made[key][0]
-
-    def _record(self, function, inputs):
-        """Return a Recording that was compared with the function, or the function itself where it cannot be had."""
-        try:
-            expected = self._outcome(function, inputs)
-            with untouched(self.model):
-                recording = Recording(function, inputs, self.pool, list(self.model.parameters()))
-            if not any(differ(a, b) for a, b in zip(expected, self._outcome(recording, inputs), strict=True)):
-                return recording
-            failure = "replayed it gives other values"
-        except RuntimeError as error:
-            failure, self.pool = in_a_line(error), torch.cuda.graph_pool_handle()
-        if self.strict:
-            raise CompileFailed(f"--compile graphs failed, {failure}")
-        print(f"a step could not be recorded, {failure}; going on without", file=sys.stderr)
-        return function
-
-    def _outcome(self, function, inputs):
-        """Return the outputs and the gradients. A batch of images is returned as its change, which is small beside the
-        pixels."""
-        with untouched(self.model):
-            outputs = function(*inputs)
-        outputs = outputs if isinstance(outputs, tuple) else (outputs,)
-        gradients = [p.grad.clone() for p in self.model.parameters() if p.grad is not None]
-        return [out - inputs[0] if out.shape == self.shape else out for out in outputs if out is not None] + gradients
-
-
 def differ(a, b):
     """Return whether more than one value in twenty differs by more than one in a hundred of the largest: some of
     cuDNN's kernels add in a varying order, and a sign that tips moves a pixel by two steps."""
     return bool(((a - b).abs() > 0.01 * a.abs().max()).float().mean() > 0.05) or not bool(b.isfinite().all())
-
-
-def in_a_line(error):
-    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
 
 
 def _value(part):
@@ -334,11 +318,8 @@ def _value(part):
 
 
 def pick_compile(name, model, plain, x, passes, too_long=None):
-    """Return (a level of --compile, the reason in words).
-
-    "auto" becomes "off" if `passes` passes of the callable `plain` over batches like x take too little time for
-    compiling to pay; else "graphs" on a GPU and "on" on a CPU.
-    """
+    """Return (a level of --compile, the reason in words). "auto" is "off" where `passes` passes of the callable `plain`
+    over batches like x take too little time for compiling to pay, else "graphs" on a GPU and "on" on a CPU."""
     if name == "graphs" and not x.is_cuda:
         return "on", "no CUDA graphs on a CPU"
     if name != "auto":
@@ -346,10 +327,12 @@ def pick_compile(name, model, plain, x, passes, too_long=None):
     part = x if x.is_cuda else x[:16]  # one pass of a WRN-34-10 over 128 images takes a minute on two cores
     seconds = shortest_seconds(lambda: attack_pass(model, plain, part), x.device, 1)
     minutes = seconds * len(x) / len(part) * passes / 60
+    why = f"eager needs about {duration(minutes)}"
     if minutes < COMPILE_PAYS_MINUTES[x.device.type]:
-        return "off", f"eager needs about {duration(minutes)}, too little for compiling to pay"
-    hint = f", {too_long}" if too_long and minutes > 24 * 60 and not x.is_cuda else ""
-    return "graphs" if x.is_cuda else "on", f"eager needs about {duration(minutes)}{hint}"
+        return "off", f"{why}, too little for compiling to pay"
+    if x.is_cuda:
+        return "graphs", why
+    return "on", f"{why}, {too_long}" if too_long and minutes > 24 * 60 else why
 
 
 def pick_precision(name, device, evaluates=False):
@@ -369,27 +352,20 @@ def pick_precision(name, device, evaluates=False):
 
 
 def pick_device(name):
-    """Return the torch.device for "auto", "cpu" or "cuda", and set what it computes with. Raises ValueError for cuda
-    where there is none."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
+    """Return the torch.device for "auto", "cpu" or "cuda", and set how it computes. Raise ValueError without CUDA."""
     if name == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda: torch finds no CUDA device here")
-    if name == "cuda":
-        torch.backends.cudnn.allow_tf32 = False  # torch's default rounds float32 convolutions to 10 bits
-        torch.backends.cudnn.benchmark = True  # shapes are fixed; where they are not attacks.py turns it off
-    else:
-        _keep_freed_memory()
-    return torch.device(name)
-
-
-def _keep_freed_memory():
-    """Let glibc reuse freed buffers of any size. By default it returns those above 32 MB to the kernel and gets them
-    back page by page, zeroed: in float32 at batch 256 that took up to two thirds of an attack's time."""
-    with contextlib.suppress(OSError, AttributeError):  # another libc, another system: nothing to do
-        libc = ctypes.CDLL("libc.so.6")
-        libc.mallopt(-4, 0)  # M_MMAP_MAX: no buffer is mapped apart
-        libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: nor is the heap's end given back
+    if name == "cpu" or not torch.cuda.is_available():
+        # glibc gives freed buffers above 32 MB back to the kernel, and gets them anew page by page, zeroed: in float32
+        # at batch 256 that took up to two thirds of an attack's time
+        with contextlib.suppress(OSError, AttributeError):  # another libc
+            libc = ctypes.CDLL("libc.so.6")
+            libc.mallopt(-4, 0)  # M_MMAP_MAX: no buffer is mapped apart
+            libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: nor is the heap's end given back
+        return torch.device("cpu")
+    torch.backends.cudnn.allow_tf32 = False  # torch's default rounds float32 convolutions to 10 bits
+    torch.backends.cudnn.benchmark = True  # shapes are fixed; where they are not attacks.py turns it off
+    return torch.device("cuda")
 
 
 def tf32_convolutions(allowed):
@@ -399,12 +375,11 @@ def tf32_convolutions(allowed):
 
 def timed(function, device):
     """Return the seconds of one call, with what it left running on a GPU and without what ran there before."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    synchronize = torch.get_device_module(device).synchronize  # does nothing on a CPU
+    synchronize()
     start = time.perf_counter()
     function()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    synchronize()
     return time.perf_counter() - start
 
 
@@ -459,7 +434,7 @@ def any_process(*flags):
     """Return for each flag whether it is true in any process, after waiting for all of them."""
     device = "cuda" if dist.is_initialized() and dist.get_backend() == "nccl" else "cpu"
     counts = torch.tensor([float(bool(flag)) for flag in flags], device=device)
-    return [bool(count) for count in sum_over_processes(counts)]
+    return sum_over_processes(counts).bool().tolist()
 
 
 def barrier():
@@ -469,20 +444,19 @@ def barrier():
 
 def broadcast_buffers(model):
     """Give rank 0's batch-norm statistics to all, so that every process attacks the same model."""
-    _as_one([buffer for buffer in model.buffers() if buffer.is_floating_point()], lambda flat: dist.broadcast(flat, 0))
+    if dist.is_initialized():
+        for buffer in model.buffers():
+            dist.broadcast(buffer, 0)
 
 
 def average_gradients(model):
-    """Replace every gradient by its mean over the processes."""
-    _as_one([p.grad for p in model.parameters()], lambda flat: dist.all_reduce(flat.div_(dist.get_world_size())))
-
-
-def _as_one(tensors, communicate):
-    if dist.is_initialized() and tensors:  # one exchange takes the place of a hundred
-        flat = torch.cat([tensor.flatten() for tensor in tensors])
-        communicate(flat)
-        for tensor, part in zip(tensors, flat.split([tensor.numel() for tensor in tensors]), strict=True):
-            tensor.copy_(part.view_as(tensor))
+    """Replace every gradient by its mean over the processes, in one exchange."""
+    if dist.is_initialized():
+        gradients = [p.grad for p in model.parameters()]
+        flat = torch.cat([gradient.flatten() for gradient in gradients]) / dist.get_world_size()
+        dist.all_reduce(flat)
+        for gradient, part in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
+            gradient.copy_(part.view_as(gradient))
 
 
 # Locks and signals. ---------------------------------------------------------------------------------------------------
@@ -490,8 +464,7 @@ def _as_one(tensors, communicate):
 
 @contextlib.contextmanager
 def run_lock(out_dir):
-    """Let one process at a time into a run's directory, which is made; raise ValueError if a living one is there. The
-    system frees the lock of a process that dies, however it dies."""
+    """Make a run's directory and hold its lock, which a dying process frees; raise ValueError if another holds it."""
     pathlib.Path(out_dir).mkdir(parents=True, exist_ok=True)
     lock = filelock.FileLock(pathlib.Path(out_dir, ".lock"))
     try:
@@ -508,23 +481,22 @@ def run_lock(out_dir):
 
 @contextlib.contextmanager
 def deferred_signals(notice="", second=signal.SIG_DFL):
-    """Yield a list to which a first SIGINT or SIGTERM only appends its number, so that what is at hand can be saved;
-    the notice is printed then. Another one is handled by `second`, by default it ends the process at once."""
-    received, before = [], {}
+    """Yield a list to which a first SIGINT or SIGTERM only appends its number, and print the notice then, so that what
+    is at hand can be saved. Another one is handled by `second`, by default it ends the process at once."""
+    received, numbers = [], (signal.SIGINT, signal.SIGTERM)
 
     def note(number, frame):
         received.append(number)
-        for each in before:
+        for each in numbers:
             signal.signal(each, second)
         if notice:
             print(f"\n{notice}", file=sys.stderr)
 
-    for number in (signal.SIGINT, signal.SIGTERM):
-        before[number] = signal.signal(number, note)
+    before = [signal.signal(number, note) for number in numbers]
     try:
         yield received
     finally:
-        for number, handler in before.items():
+        for number, handler in zip(numbers, before, strict=True):
             signal.signal(number, handler)
 
 
@@ -533,9 +505,8 @@ class Stopped(Exception):
 
 
 def stoppable(forward, stop):
-    """Return `forward`, a callable x -> logits, but raising Stopped once `stop` is filled: on a CPU an attack may take
-    minutes, and none of it is kept. With several processes, of which none may leave the others, or on a recorded pass,
-    which takes no time, return `forward` unchanged."""
+    """Return `forward`, a callable x -> logits, but raising Stopped once `stop` is filled: on a CPU an attack takes
+    minutes. With several processes, of which none may leave the others, or a recorded pass, return it unchanged."""
     if rank_and_world()[1] > 1 or isinstance(forward, RecordedPass):
         return forward
 

@@ -44,7 +44,7 @@ MUTANTS = {  # name: (snippet, replacement, *the tests that must fail)
     "a recording does not hand out its gradients": (
         "parameter.grad = gradient\n", "pass\n", "test_runtime.py::test_each_recording_leaves_its_own_gradients"),
     "a rehearsal moves the running statistics": (
-        "buffer.copy_(before)", "pass", "test_runtime.py::test_a_rehearsal_leaves_no_trace"),
+        "model.load_state_dict(before, strict=False)", "pass", "test_runtime.py::test_a_rehearsal_leaves_no_trace"),
     "a compiler that was asked for and fails is passed over": (
         'if strict and asked != "auto":', "if False:",
         "test_runtime.py::test_a_compiler_that_was_asked_for_and_fails_ends_the_run_in_one_line"),
@@ -276,7 +276,7 @@ MUTANTS = {  # name: (snippet, replacement, *the tests that must fail)
         ".clamp(-epsilon, epsilon)).clamp(0, 1)", ".clamp(-epsilon, epsilon)).clamp(-1, 1)",
         "test_attacks.py::test_pgd_equals_foolbox[ce-none]"),
     "the start is not projected": (
-        "x_adv = project(x + random_start, x, epsilon)", "x_adv = x + random_start",
+        "return project(x + random_start, x, epsilon)", "return x + random_start",
         "test_attacks.py::test_ball_and_box_are_never_left[0.0005-0.1-gaussian]"),
     "a step is left out": (
         "for _ in range(num_steps):\n        x_adv = step(", "for _ in range(num_steps - 1):\n        x_adv = step(",

@@ -202,6 +202,9 @@ def test_images_outside_0_and_1_are_refused(small_net, images, low, high, epsilo
     x = low + (high - low) * x
     with pytest.raises(ValueError, match=message):
         attacks.pgd(small_net, x, y, losses.cross_entropy, epsilon=epsilon, step_size=0.01, num_steps=1)
+    with pytest.raises(ValueError, match=message):
+        attacks.early_stopped_pgd(small_net, x, y, y, losses.cross_entropy, tau=1, epsilon=epsilon, step_size=0.01,
+                                  num_steps=1)
     if epsilon == 0.03:
         with pytest.raises(ValueError, match=message):
             attacks.fgsm(small_net, x, y, epsilon=epsilon)

@@ -90,7 +90,8 @@ def test_everything_is_left_as_found():
     before = sys.gettrace()
     sys.settrace(trace)
     try:
-        attacks.autoattack(net, x, y, epsilon=EPSILON, batch_size=12)
+        with models.frozen(net):
+            attacks.autoattack(net, x, y, epsilon=EPSILON, batch_size=12)
         assert sys.gettrace() is trace
     finally:
         sys.settrace(before)

@@ -36,13 +36,6 @@ def fresh_compiler():
     runtime.pick_device(DEVICE)
 
 
-def fast_pass(model, plain, x, level):
-    """The pass at this level; what cannot be recorded is an error."""
-    forward = runtime.fast_pass(model, plain, x, level)
-    forward.strict = True
-    return forward
-
-
 def five_steps(defense, level):
     """The weights, as one vector, after five training steps; in float64, where signs of gradients do not flip."""
     torch.manual_seed(0)
@@ -51,7 +44,7 @@ def five_steps(defense, level):
     x = torch.rand(16, 3, 32, 32, dtype=torch.float64).to(DEVICE, memory_format=torch.channels_last)
     y, eager = torch.randint(10, (16,)).to(DEVICE), runtime.plain_pass(model)
     before = torch.cat([p.detach().flatten() for p in model.parameters()])
-    forward = fast_pass(model, eager, x, level)
+    forward = runtime.fast_pass(model, eager, x, level, strict=True)
     update = attacks.recorded(forward, functools.partial(train_cifar.forward_backward, model, forward, args=args))
     optimizer = train_cifar.build_optimizer(model, args)
     for _ in range(5):
@@ -109,7 +102,7 @@ def test_ten_thousand_images_need_the_memory_of_the_first(level):
     model, used = models.build_model("wrn-10-1").to(DEVICE).eval(), []
     images = torch.rand(250, 3, 32, 32).to(DEVICE, memory_format=torch.channels_last)
     y = torch.randint(10, (250,)).to(DEVICE)
-    forward = fast_pass(model, runtime.plain_pass(model, "bf16"), images, level)
+    forward = runtime.fast_pass(model, runtime.plain_pass(model, "bf16"), images, level, strict=True)
     with models.frozen(model):
         for _ in range(40):
             attacks.pgd(forward, images, y, losses.cross_entropy, epsilon=8 / 255, step_size=2 / 255, num_steps=2)

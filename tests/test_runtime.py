@@ -228,8 +228,7 @@ def test_recorded_evaluation_is_the_eager_one(flags, model_path, tmp_path, monke
 def test_a_recording_that_is_not_the_function_is_not_used(fault, strict, monkeypatch, capsys):
     record_on_a_cpu(monkeypatch)
     model, x = SmallNet(), torch.rand(4, 3, 8, 8)
-    forward = runtime.RecordedPass(model, runtime.plain_pass(model), x)
-    forward.strict = strict
+    forward = runtime.fast_pass(model, runtime.plain_pass(model), x, "graphs", strict)
     if fault == "error":
         monkeypatch.setattr(runtime.Recording, "__init__", lambda *_: torch.zeros(2).view(3))
     else:
@@ -324,7 +323,7 @@ def test_cudnn_times_its_algorithms_where_shapes_are_fixed_only(monkeypatch):
     assert (cudnn.benchmark, cudnn.allow_tf32) == (True, False)
     for allowed in (True, False):
         with runtime.tf32_convolutions(allowed):
-            with attacks._left_as_found(None, torch.device("cpu")):
+            with attacks._left_as_found(torch.device("cpu")):
                 assert (cudnn.benchmark, cudnn.allow_tf32, cudnn.enabled) == (False, allowed, True)
             assert (cudnn.benchmark, cudnn.allow_tf32) == (True, allowed)
     assert (cudnn.benchmark, cudnn.allow_tf32) == (True, False)
