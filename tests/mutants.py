@@ -296,7 +296,7 @@ MUTANTS = {  # name: (snippet, replacement, *the tests that must fail)
     "the model stays frozen": (
         "module.training = True", "pass", "test_attacks.py::test_frozen_restores_after_an_error"),
     "the frozen model stays in train mode": (
-        "module.training = False", "pass",
+        "model.eval().requires_grad_(False)", "model.requires_grad_(False)",
         "test_attacks.py::test_nothing_is_left_behind"),
     "AutoAttack's outcomes are ignored": (
         "robust[standing] = label == y[standing]", "pass",
