@@ -348,7 +348,7 @@ MUTANTS = {  # name: (snippet, replacement, *the tests that must fail)
     "validation images are trained on": (
         "kept = order[val_size:]", "kept = order", "test_data.py::test_split_holds_out_the_same_images_always"),
     "the last batch is filled with one image": (
-        "return order.repeat(-(-steps * size // n))", "return torch.cat([order, order[:1].repeat(steps * size)])",
+        "return order.repeat(math.ceil(steps * size / n))", "return torch.cat([order, order[:1].repeat(steps * size)])",
         "test_data.py::test_every_image_is_in_every_epoch"),
     "a folder's labels are not shuffled with its images": (
         "np.asarray(labels)[order].tolist()", "list(labels)", "test_data.py::test_a_folder_of_class_folders"),
