@@ -24,8 +24,8 @@ _STEM = re.compile(r"((?:(?!(?:sub_)?block\d|layer)\w+\.)*)conv1\.weight")  # th
 
 
 def write_atomically(path, write):
-    """Write a file so that the old one or the new one is there, whole, at any moment. write: bytes, or a function of
-    the open file. Raise OSError, and leave the old file as it is, where that fails."""
+    """Replace a file so that the old or the new one is whole at any moment. write: bytes, or a function of the open
+    file. Raise OSError, and leave the old file as it is, where that fails."""
     path = pathlib.Path(path).resolve()  # what a link leads to, and not the link, is replaced
     temporary = path.with_name(f".{path.name}.tmp")
     try:
@@ -94,14 +94,13 @@ def sha256(path):
 
 
 def load_model(path, device="cpu", arch=None, num_classes=None, normalize=None, weights=None):
-    """Load a model file: return (the model in float32 and eval mode, info). info holds path, sha256, arch, num_classes,
-    normalize, weights, notes (sentences on what the file left open) and, for a file of this project, args, epoch and
-    classes. Where arch and num_classes are given, the file must agree. normalize: ((mean of 3), (std of 3)) of training
-    images, where a released file does not say so; it becomes a layer of the model. weights: which of several sets.
+    """Return (the model in float32 and eval mode, info) of a file of this project or of TRADES, MART, RST, AWP, FAT,
+    robust_overfitting and others of that line of work: a bare state dict or one in a container, under any prefix.
 
-    The file may be this project's or of TRADES, MART, RST, AWP, FAT, robust_overfitting and others of that line of
-    work: a bare state dict or one in a container, under any prefix such as DataParallel's, torch.compile's and
-    Sequential's. Raise ValueError with one line that says what is wrong with the file.
+    info holds path, sha256, arch, num_classes, normalize, weights, notes (sentences on what the file left open) and,
+    for a file of this project, args, epoch, classes and image_size. Where arch and num_classes are given, the file must
+    agree. normalize: ((mean of 3), (std of 3)) of training images where the file does not say so, for a first layer.
+    weights: the name of one of several sets. Raise ValueError with one line that says what is wrong with the file.
     """
     content, notes = load(path, device), []
     try:
@@ -135,8 +134,8 @@ def load_model(path, device="cpu", arch=None, num_classes=None, normalize=None, 
 
 
 def pick_weights(content, name=None):
-    """Return the state dict that a file's content is or holds, at any depth; of several the one called `name`. Raise
-    ValueError if there is none, none of that name, or several and no name."""
+    """Return the state dict that a file's content is or holds at any depth; of several the one called `name`. Raise
+    ValueError if there is none of that name, or several and no name."""
     found, open_ends, seen = {}, [("", content)], set()
     for where, value in open_ends:  # which grows
         if _is_state_dict(value):
@@ -177,8 +176,6 @@ def infer_arch(state):
     ValueError if models.py builds nothing with its names and shapes."""
     if any("init_conv" in key for key in state):
         raise ValueError(f"it is a WideResNet with Swish (init_conv), which is not built here; known: {models.ARCHS}")
-    if any(value.ndim == 0 for key, value in state.items() if key.endswith("weight")):
-        raise ValueError("some of its weights have no dimensions")
     if "fc.weight" in state and "block1.layer.0.conv1.weight" in state:
         width = state["block1.layer.0.conv1.weight"].shape[0] // 16
         depth = 6 * _count(state, r"block1\.layer\.(\d+)\.") + 4
@@ -216,20 +213,19 @@ def _check_fit(state, arch, num_classes):
 
 def _header(content):
     """Return what an own checkpoint says of its model. Raise ValueError where a type is wrong."""
-    header = {key: content.get(key) for key in ("args", "epoch", "classes")}
-    types = {"dataset": str, "defense": str, "arch": str, "epsilon": str, "seed": int, "spat_alpha": float | None}
-    args, epoch, classes = header.values()
+    args, epoch, classes = content.get("args"), content.get("epoch"), content.get("classes")
     size = content.get("image_size")  # None: of a run before there was such an entry
+    types = {"dataset": str, "defense": str, "arch": str, "epsilon": str, "seed": int, "spat_alpha": float | None}
     if isinstance(args, dict) and isinstance(epoch, int) and isinstance(classes, list) and all(
             isinstance(args.get(key), kind) for key, kind in types.items()) and isinstance(size, list | None):
-        return header | {"image_size": size}
+        return {"args": args, "epoch": epoch, "classes": classes, "image_size": size}
     raise ValueError("its header is not one that train_cifar.py writes")
 
 
 def _normalisation(state, content, prefix, stated, notes):
-    """Return (the network's own entries, (mean, std) or None). Some released files hold a layer before the network, as
-    the first of a Sequential or as entries beside the weights. prefix: what stood before the network's names; stated:
-    what the user says of it. Append to notes where the file leaves it open. Raise ValueError."""
+    """Return (the network's own entries, (mean, std) or None). Some files hold a layer before the network, as the first
+    of a Sequential or as entries beside the weights. prefix: what stood before the network's names; stated: what the
+    user says. Append to notes what the file leaves open. Raise ValueError."""
     names = {"mean": "mean", "mu": "mean", "std": "std", "stdev": "std", "sigma": "std"}
     layer = {names[leaf]: key for key in state if (leaf := key.rpartition(".")[2]) in names}
     found, own = None, content.get("format") == FORMAT
@@ -282,14 +278,14 @@ class _Unpickler(pickle.Unpickler):
     """Read plain values and arrays of numbers. Raise ValueError for a name of anything else, and never call it."""
 
     def find_class(self, module, name):
-        name = f"{module}.{name}"
+        name = f"{module}.{name}".replace("numpy._core.", "numpy.core.")  # of numpy 2 and 1
         known = {"numpy.dtype": _Unbuilt, "numpy.core.multiarray._reconstruct": _Unbuilt,
                  "numpy.ndarray": "an argument of _reconstruct", "_codecs.encode": codecs.encode,  # bytes as a text
                  "numpy.core.multiarray.scalar": lambda dtype, content: _from_bytes(content, dtype, (), "C")[()],
                  "numpy.core.numeric._frombuffer": _from_bytes}
-        if name.replace("numpy._core", "numpy.core") not in known:  # of numpy 2 and 1
+        if name not in known:
             raise ValueError(f"it names {name!r:.99}, which is no array")
-        return known[name.replace("numpy._core", "numpy.core")]
+        return known[name]
 
 
 class _Unbuilt:
@@ -306,10 +302,8 @@ def _from_bytes(content, dtype, shape, order, axes=None):
     """Return an array that shares the memory of its bytes. The arguments are those of numpy's own _frombuffer. Raise
     nearly anything, unless it is of numbers and as large as it says."""
     dtype = dtype.state[1] + dtype.arguments[0]  # the byte order, and a letter with the size
-    if not re.fullmatch("[<>|=](b1|[iu][1248]|f[248])", dtype):
-        raise ValueError("an array of other things than numbers")
-    if any(n < 0 for n in shape):  # numpy takes -1 for "what is left"
-        raise ValueError("an array of an impossible shape")
+    if not re.fullmatch("[<>|=](b1|[iu][1248]|f[248])", dtype) or any(n < 0 for n in shape):  # -1 is "what is left"
+        raise ValueError("an array of other things than numbers, or of an impossible shape")
     array = np.frombuffer(content, dtype).reshape(shape, order="F" if order == "F" else "C")
     return array.transpose(axes) if axes else array
 

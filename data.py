@@ -48,10 +48,8 @@ class Dataset(NamedTuple):
 
 def load(name, data_dir="data", train=True):
     """Load the training or the test part of a data set: "cifar10" or "cifar100" (downloaded into data_dir if need be),
-    "cifar10-first4" (its first four classes; any number from 2 on), "digits" (scikit-learn's 8x8 digits, resized to
-    32x32) or a folder with train/CLASS/*.png and test/CLASS/*.png.
-
-    Raise ValueError, with one line that says what to do, where the data are missing or damaged.
+    "cifar10-first4" (its first four classes; any number from 2 on), "digits" (scikit-learn's, resized to 32x32) or a
+    folder with train/CLASS/*.png and test/CLASS/*.png. Raise ValueError with one line for what is missing or damaged.
     """
     if name in ("cifar10", "cifar100"):
         return _cifar(name, data_dir, train)
@@ -101,8 +99,8 @@ def _digits(train):
     images = F.interpolate(images, size=(32, 32), mode="bilinear").round().byte().expand(-1, 3, -1, -1)
     images = images.contiguous(memory_format=torch.channels_last)
     part = slice(0, 1397) if train else slice(1397, None)  # 400 test images; the file's order is by writer
-    return Dataset(images[part], torch.from_numpy(digits.target[part]), [str(name) for name in digits.target_names],
-                   mirror=False)
+    classes = list(map(str, digits.target_names))
+    return Dataset(images[part], torch.from_numpy(digits.target[part]), classes, mirror=False)
 
 
 def is_named(name):
