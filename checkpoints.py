@@ -263,8 +263,8 @@ def load_arrays(path, names=("data", "extrapolated_targets"), optional=()):
             held = [key for key in content.keys() if isinstance(key, str)]
             arrays = {name: _array(content[name]) for name in (*names, *optional) if name in held}
     except Exception as error:  # a damaged file may raise nearly anything
-        why = " ".join(str(error).split()) or type(error).__name__
-        raise ValueError(f"{path}: neither an .npz nor a pickle of arrays ({why:.200})") from None
+        why = str(error) or type(error).__name__  # shown by repr, for it may hold unprintable letters of the file
+        raise ValueError(f"{path}: neither an .npz nor a pickle of arrays ({why!r:.200})") from None
     for name in names:
         if name not in arrays:
             raise ValueError(f"{path}: holds no `{name}` but {', '.join(map(repr, held)) or 'nothing':.200}")
