@@ -1,15 +1,15 @@
 """Read and write files: this project's checkpoints, state dicts that others released, arrays of pseudo-labelled images.
 
-Nothing from a file is executed: torch.load runs with weights_only=True, and pickled arrays are read by the code below.
+Nothing from a file is executed: torch.load runs with weights_only=True, and a pickle of arrays may name nothing else.
 """
 
+import codecs
+import contextlib
 import hashlib
-import json
 import os
 import pathlib
-import pickletools
+import pickle
 import re
-import shlex
 import warnings
 import zipfile
 
@@ -24,8 +24,8 @@ _STEM = re.compile(r"((?:(?!(?:sub_)?block\d|layer)\w+\.)*)conv1\.weight")  # th
 
 
 def write_atomically(path, write):
-    """Write a file so that the old one or the new one is there, whole, at any moment. write: bytes, or a function of
-    the open file. Raise OSError, and leave the old file as it is, where that fails."""
+    """Replace a file so that the old or the new one is whole at any moment. write: bytes, or a function of the open
+    file. Raise OSError, and leave the old file as it is, where that fails."""
     path = pathlib.Path(path).resolve()  # what a link leads to, and not the link, is replaced
     temporary = path.with_name(f".{path.name}.tmp")
     try:
@@ -71,34 +71,21 @@ def load(path, device="cpu"):
     if head[8:9] == b"{" and int.from_bytes(head[:8], "little") < path.stat().st_size:
         raise ValueError(f"{path}: a safetensors file: save what safetensors.torch.load_file makes of it by torch.save")
     try:
-        if head.startswith(b"PK\3\4"):  # as torch.load tells the two formats apart
+        if head.startswith(b"PK\3\4"):  # as torch.load tells its two formats apart
             with zipfile.ZipFile(path) as archive:
                 if archive.testzip():
                     raise ValueError("checksum")  # torch.load does not look at the checksums
-                for entry in archive.infolist():
-                    if entry.filename.lower().endswith(".pkl"):  # torch takes data.PKL for data.pkl
-                        refuse_deep_tuples(archive.open(entry))
-        else:
-            with open(path, "rb") as file:
-                refuse_deep_tuples(file, number=5)
+        elif not head.startswith(b"\x80"):
+            raise ValueError("no pickle")  # where a text begins with "c", torch.load reads the name of an object
         with warnings.catch_warnings(action="ignore"):  # on another pickle protocol than torch's
             return torch.load(path, map_location=device, weights_only=True)
     except Exception as error:  # torch.load raises nearly anything on a damaged file
         if "torchscript" in str(error).lower():
             raise ValueError(f"{path}: a TorchScript program: save torch.jit.load(FILE).state_dict() alone") from None
         if "unsupported global" in str(error).lower():
-            raise ValueError(f"{path}: holds Python objects besides tensors, which are not loaded; if you trust it, "
-                             f"this saves its weights alone: {_command_to_strip(path)}") from None
+            raise ValueError(f"{path}: holds Python objects besides tensors, which are not loaded; where you trust it, "
+                             "torch.load it with weights_only=False and save its state_dict() by torch.save") from None
         raise ValueError(f"{path}: not a model file, or a damaged one ({type(error).__name__})") from None
-
-
-def _command_to_strip(path):
-    """Return the command line that saves what a file holds of state dicts and of modules as state dicts only."""
-    code = ('import torch; w = lambda v: v.state_dict() if hasattr(v, "state_dict") else v; m = w(torch.load('
-            f'{json.dumps(str(path))}, "cpu", weights_only=False)); torch.save({{k: w(v) for k, v in m.items() if '
-            'torch.is_tensor(v) or all(map(torch.is_tensor, getattr(w(v), "values", lambda: [0])()))}, '
-            f'{json.dumps(str(path.with_suffix(".weights.pt")))})')
-    return f"python -c {shlex.quote(code)}"
 
 
 def sha256(path):
@@ -107,14 +94,13 @@ def sha256(path):
 
 
 def load_model(path, device="cpu", arch=None, num_classes=None, normalize=None, weights=None):
-    """Load a model file: return (the model in float32 and eval mode, info). info holds path, sha256, arch, num_classes,
-    normalize, weights, notes (sentences on what the file left open) and, for a file of this project, args, epoch and
-    classes. Where arch and num_classes are given, the file must agree. normalize: ((mean of 3), (std of 3)) of training
-    images, where a released file does not say so; it becomes a layer of the model. weights: which of several sets.
+    """Return (the model in float32 and eval mode, info) of a file of this project or of TRADES, MART, RST, AWP, FAT,
+    robust_overfitting and others of that line of work: a bare state dict or one in a container, under any prefix.
 
-    The file may be this project's or of TRADES, MART, RST, AWP, FAT, robust_overfitting and others of that line of
-    work: a bare state dict or one in a container, under any prefix such as DataParallel's, torch.compile's and
-    Sequential's. Raise ValueError with one line that says what is wrong with the file.
+    info holds path, sha256, arch, num_classes, normalize, weights, notes (sentences on what the file left open) and,
+    for a file of this project, args, epoch, classes and image_size. Where arch and num_classes are given, the file must
+    agree. normalize: ((mean of 3), (std of 3)) of training images where the file does not say so, for a first layer.
+    weights: the name of one of several sets. Raise ValueError with one line that says what is wrong with the file.
     """
     content, notes = load(path, device), []
     try:
@@ -148,8 +134,8 @@ def load_model(path, device="cpu", arch=None, num_classes=None, normalize=None, 
 
 
 def pick_weights(content, name=None):
-    """Return the state dict that a file's content is or holds, at any depth; of several the one called `name`. Raise
-    ValueError if there is none, none of that name, or several and no name."""
+    """Return the state dict that a file's content is or holds at any depth; of several the one called `name`. Raise
+    ValueError if there is none of that name, or several and no name."""
     found, open_ends, seen = {}, [("", content)], set()
     for where, value in open_ends:  # which grows
         if _is_state_dict(value):
@@ -190,8 +176,6 @@ def infer_arch(state):
     ValueError if models.py builds nothing with its names and shapes."""
     if any("init_conv" in key for key in state):
         raise ValueError(f"it is a WideResNet with Swish (init_conv), which is not built here; known: {models.ARCHS}")
-    if any(value.ndim == 0 for key, value in state.items() if key.endswith("weight")):
-        raise ValueError("some of its weights have no dimensions")
     if "fc.weight" in state and "block1.layer.0.conv1.weight" in state:
         width = state["block1.layer.0.conv1.weight"].shape[0] // 16
         depth = 6 * _count(state, r"block1\.layer\.(\d+)\.") + 4
@@ -229,20 +213,19 @@ def _check_fit(state, arch, num_classes):
 
 def _header(content):
     """Return what an own checkpoint says of its model. Raise ValueError where a type is wrong."""
-    header = {key: content.get(key) for key in ("args", "epoch", "classes")}
-    types = {"dataset": str, "defense": str, "arch": str, "epsilon": str, "seed": int, "spat_alpha": float | None}
-    args, epoch, classes = header.values()
+    args, epoch, classes = content.get("args"), content.get("epoch"), content.get("classes")
     size = content.get("image_size")  # None: of a run before there was such an entry
+    types = {"dataset": str, "defense": str, "arch": str, "epsilon": str, "seed": int, "spat_alpha": float | None}
     if isinstance(args, dict) and isinstance(epoch, int) and isinstance(classes, list) and all(
             isinstance(args.get(key), kind) for key, kind in types.items()) and isinstance(size, list | None):
-        return header | {"image_size": size}
+        return {"args": args, "epoch": epoch, "classes": classes, "image_size": size}
     raise ValueError("its header is not one that train_cifar.py writes")
 
 
 def _normalisation(state, content, prefix, stated, notes):
-    """Return (the network's own entries, (mean, std) or None). Some released files hold a layer before the network, as
-    the first of a Sequential or as entries beside the weights. prefix: what stood before the network's names; stated:
-    what the user says of it. Append to notes where the file leaves it open. Raise ValueError."""
+    """Return (the network's own entries, (mean, std) or None). Some files hold a layer before the network, as the first
+    of a Sequential or as entries beside the weights. prefix: what stood before the network's names; stated: what the
+    user says. Append to notes what the file leaves open. Raise ValueError."""
     names = {"mean": "mean", "mu": "mean", "std": "std", "stdev": "std", "sigma": "std"}
     layer = {names[leaf]: key for key in state if (leaf := key.rpartition(".")[2]) in names}
     found, own = None, content.get("format") == FORMAT
@@ -271,129 +254,70 @@ def load_arrays(path, names=("data", "extrapolated_targets"), optional=()):
     """Return {name: array} of an .npz file or of a pickle such as RST's, whose names are the default. Arrays may be
     read-only. Raise ValueError with one line for a file that is neither or lacks one of the names, not an optional one.
     """
-    wanted = [*names, *optional]
     path = pathlib.Path(path)
     if not path.is_file():
         raise ValueError(f"{path}: no such file")
     try:
-        if zipfile.is_zipfile(path):
-            with np.load(path) as file, warnings.catch_warnings(action="ignore"):  # on a header of Python 2
-                arrays, held = {name: file[name] for name in wanted if name in file.files}, file.files
-        else:
-            with open(path, "rb") as file:
-                arrays, held = read_arrays(file, wanted)
+        with open(path, "rb") as file, contextlib.redirect_stderr(None):  # Python tells of a bytearray without memory
+            content = np.load(file) if zipfile.is_zipfile(path) else _Unpickler(file).load()
+            held = [key for key in content.keys() if isinstance(key, str)]
+            arrays = {name: _array(content[name]) for name in (*names, *optional) if name in held}
     except Exception as error:  # a damaged file may raise nearly anything
-        why = " ".join(str(error).split()) or type(error).__name__
-        raise ValueError(f"{path}: neither an .npz nor a pickle of arrays ({why:.200})") from None
+        why = str(error) or type(error).__name__  # shown by repr, for it may hold unprintable letters of the file
+        raise ValueError(f"{path}: neither an .npz nor a pickle of arrays ({why!r:.200})") from None
     for name in names:
-        if not isinstance(arrays.get(name), np.ndarray):
+        if name not in arrays:
             raise ValueError(f"{path}: holds no `{name}` but {', '.join(map(repr, held)) or 'nothing':.200}")
     return arrays
 
 
-# Arrays from a pickle. ------------------------------------------------------------------------------------------------
-
-# The instructions that write plain values, containers and arrays; any other is refused.
-_VALUES = set("""INT BININT BININT1 BININT2 LONG LONG1 LONG4 FLOAT BINFLOAT UNICODE BINUNICODE SHORT_BINUNICODE
-                 BINUNICODE8 BINBYTES SHORT_BINBYTES BINBYTES8 BYTEARRAY8""".split())
-_CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False}
-_MARKED = {"TUPLE", "LIST", "DICT", "APPENDS", "SETITEMS"}  # take what was pushed since the last MARK
-_COUNTED = {"EMPTY_TUPLE": 0, "EMPTY_LIST": 0, "EMPTY_DICT": 0, "TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3, "REDUCE": 2,
-            "APPEND": 1, "SETITEM": 2, "BUILD": 1, "STACK_GLOBAL": 2, "STOP": 1}  # take so many
-_ADDING = {"APPEND", "APPENDS", "SETITEM", "SETITEMS", "BUILD"}  # to the list below what they take
-_READERS = {opcode.name: opcode.arg.reader for opcode in pickletools.opcodes if opcode.arg}
-_READERS["BYTEARRAY8"] = pickletools.read_bytes8  # its own makes a second copy, and an array may be 1.5 GB
-_NAMES = {"numpy ndarray", "numpy dtype", "_codecs encode"} | {
-    f"numpy.{core}.{name}" for core in ("core", "_core")  # of numpy 1 and 2
-    for name in ("multiarray _reconstruct", "multiarray scalar", "numeric _frombuffer")}
+# Arrays from a pickle. numpy itself does not read them: what it makes of a forged dtype may point anywhere in memory.
 
 
-def read_arrays(file, names):
-    """Return ({name: array} for those of the names that the pickled dict in an open file has, all the names that it
-    has). The arrays are read-only. Raise nearly any Exception for a file that holds anything else."""
-    content = _read(file)
-    if not isinstance(content, list):
-        raise ValueError(f"it holds a {type(content).__name__}")
-    held = {key: value for key, value in zip(content[::2], content[1::2], strict=False) if isinstance(key, str)}
-    return {name: _array(held[name]) for name in names if name in held}, list(held)
+class _Unpickler(pickle.Unpickler):
+    """Read plain values and arrays of numbers. Raise ValueError for a name of anything else, and never call it."""
+
+    def find_class(self, module, name):
+        name = f"{module}.{name}".replace("numpy._core.", "numpy.core.")  # of numpy 2 and 1
+        known = {"numpy.dtype": _Unbuilt, "numpy.core.multiarray._reconstruct": _Unbuilt,
+                 "numpy.ndarray": "an argument of _reconstruct", "_codecs.encode": codecs.encode,  # bytes as a text
+                 "numpy.core.multiarray.scalar": lambda dtype, content: _from_bytes(content, dtype, (), "C")[()],
+                 "numpy.core.numeric._frombuffer": _from_bytes}
+        if name not in known:
+            raise ValueError(f"it names {name!r:.99}, which is no array")
+        return known[name]
 
 
-def _read(file):
-    """Return what the pickle would build, with a list for all that is no plain value: a dict is [key, value, key, ...],
-    an object [its name, [arguments]] and, with a state, [its name, [arguments], state]. So nothing here can be called,
-    hashed or looked up. Raise nearly anything for a damaged file, ValueError for a name besides _NAMES."""
-    stack, below, memo = [], [], {}
-    while True:
-        opcode = pickletools.code2op.get(file.read(1).decode("latin-1"))
-        if opcode is None:
-            raise ValueError("it is cut off, or no pickle at all")
-        kind, taken = opcode.name, []
-        argument = _READERS[kind](file) if kind in _READERS else None
-        if kind in _MARKED:
-            taken, stack = stack, below.pop()
-        elif number := _COUNTED.get(kind):
-            taken, stack[-number:] = stack[-number:], []
-        if kind == "STOP":
-            return taken[0]
-        if kind in _VALUES:
-            stack.append(argument)
-        elif kind in _CONSTANTS:
-            stack.append(_CONSTANTS[kind])
-        elif kind in ("GLOBAL", "STACK_GLOBAL"):
-            name = argument or " ".join(taken)
-            if name not in _NAMES:
-                raise ValueError(f"it names {name.replace(' ', '.')!r:.99}, which is no array")
-            stack.append(name.split()[-1])
-        elif kind in _ADDING:
-            stack[-1].extend(taken)
-        elif kind in _MARKED or kind in _COUNTED:
-            stack.append(taken)
-        elif kind == "MARK":
-            below.append(stack)
-            stack = []
-        elif kind in ("PUT", "BINPUT", "LONG_BINPUT", "MEMOIZE"):
-            memo[len(memo) if argument is None else argument] = stack[-1]
-        elif kind in ("GET", "BINGET", "LONG_BINGET"):
-            stack.append(memo[argument])
-        elif kind not in ("PROTO", "FRAME"):
-            raise ValueError(f"its instruction {kind} writes no array")
+class _Unbuilt:
+    """What a pickle says of a dtype or of an array."""
+
+    def __init__(self, *arguments):
+        self.arguments = arguments
+
+    def __setstate__(self, state):
+        self.state = state
+
+
+def _from_bytes(content, dtype, shape, order, axes=None):
+    """Return an array that shares the memory of its bytes. The arguments are those of numpy's own _frombuffer. Raise
+    nearly anything, unless it is of numbers and as large as it says."""
+    dtype = dtype.state[1] + dtype.arguments[0]  # the byte order, and a letter with the size
+    if not re.fullmatch("[<>|=](b1|[iu][1248]|f[248])", dtype) or any(n < 0 for n in shape):  # -1 is "what is left"
+        raise ValueError("an array of other things than numbers, or of an impossible shape")
+    array = np.frombuffer(content, dtype).reshape(shape, order="F" if order == "F" else "C")
+    return array.transpose(axes) if axes else array
 
 
 def _array(value):
-    """Return the array that _read's lists tell of, which shares the memory of the bytes read and is read-only; or a
-    list of integers as an array. Raise nearly anything, unless it is of numbers and as large as it says."""
-    axes = []
-    match value:
-        case ["_reconstruct", _, [_, shape, dtype, order, content]]:
-            pass
-        case ["_frombuffer", [content, dtype, shape, order, *axes]]:  # of protocol 5
-            pass
-        case ["scalar", [dtype, content]]:
-            shape, order = [], "C"
-        case list() if all(type(v) is int or isinstance(v, list) and v[:1] == ["scalar"] for v in value):
-            return np.array([v if type(v) is int else _array(v) for v in value])
-        case _:
-            raise ValueError("something else than an array")
-    match dtype:
-        case ["dtype", [kind, *_], [_, endian, *_]] if re.fullmatch("[<>|=](b1|[iu][1248]|f[248])", endian + kind):
-            dtype = np.dtype(endian + kind)
-        case _:
-            raise ValueError("an array of other things than numbers")
-    match content:
-        case ["encode", [str(text), "latin1"]]:  # bytes, below protocol 3
-            content = text.encode("latin1")
-    if any(n < 0 for n in shape):  # numpy takes -1 for "what is left"; all that does not fit reshape refuses
-        raise ValueError("an array of an impossible shape")
-    array = np.frombuffer(content, dtype).reshape(shape, order="F" if order in (True, "F") else "C")
-    return array.transpose(*axes) if axes else array
-
-
-def refuse_deep_tuples(file, number=1):
-    """Raise ValueError if the first `number` pickles of an open file make so many tuples that Python's hash of a nested
-    one may end the process, in torch.load too (seen at 200,000; a model file makes a few thousand)."""
-    tuples = sum(opcode.name.startswith("TUPLE") for _ in range(number) for opcode, _, _ in pickletools.genops(file))
-    if tuples > 20_000:
-        raise ValueError(f"{tuples} tuples")
+    """Return an array that was read, or a list of integers as an array. Raise nearly anything if it is neither."""
+    if isinstance(value, _Unbuilt):
+        _, shape, dtype, fortran, content = value.state
+        value = _from_bytes(content, dtype, shape, "F" if fortran else "C")
+    if isinstance(value, list) and all(type(v) is int or isinstance(v, np.integer) for v in value):
+        value = np.array(value)
+    if not isinstance(value, np.ndarray):
+        raise ValueError("something else than an array")
+    return value
 
 
 # A run's directory. ---------------------------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ randomness of a training step is a function of (seed, step).
 
 import contextlib
 import hashlib
+import math
 import os
 import pathlib
 import re
@@ -47,10 +48,8 @@ class Dataset(NamedTuple):
 
 def load(name, data_dir="data", train=True):
     """Load the training or the test part of a data set: "cifar10" or "cifar100" (downloaded into data_dir if need be),
-    "cifar10-first4" (its first four classes; any number from 2 on), "digits" (scikit-learn's 8x8 digits, resized to
-    32x32) or a folder with train/CLASS/*.png and test/CLASS/*.png.
-
-    Raise ValueError, with one line that says what to do, where the data are missing or damaged.
+    "cifar10-first4" (its first four classes; any number from 2 on), "digits" (scikit-learn's, resized to 32x32) or a
+    folder with train/CLASS/*.png and test/CLASS/*.png. Raise ValueError with one line for what is missing or damaged.
     """
     if name in ("cifar10", "cifar100"):
         return _cifar(name, data_dir, train)
@@ -74,37 +73,22 @@ def _cifar(name, data_dir, train):
 
     cls = {"cifar10": torchvision.datasets.CIFAR10, "cifar100": torchvision.datasets.CIFAR100}[name]
     folder = pathlib.Path(data_dir, cls.base_folder)
-    new = [path for path in (folder.parent, *folder.parent.parents) if not path.exists()]
+    lock = folder.with_name(".download.lock")
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        with _alone_in(folder.parent):  # of several processes one downloads while the others wait
+        with contextlib.ExitStack() as stack:
+            with contextlib.suppress(OSError, NotImplementedError):  # read-only, or without locks: nobody waits
+                stack.enter_context(filelock.FileLock(lock))  # of several processes one downloads
+                stack.callback(lock.unlink, missing_ok=True)  # still held: who waits for it makes a new one
             data = cls(data_dir, train=train, download=not folder.exists())  # it checks every file's MD5
     except (OSError, RuntimeError) as error:
         if folder.exists():
             raise ValueError(f"{folder} is incomplete or damaged (its checksums are not {name}'s): unpack "
                              f"{cls.filename} again") from None
-        for path in new:
-            with contextlib.suppress(OSError):
-                path.rmdir()
         raise ValueError(
             f"{folder} is not there and cannot be downloaded ({_one_line(error)}): put {cls.base_folder} from "
             f"{cls.url} there, or use --dataset digits, which needs no download") from None
     return _dataset(data.data, data.targets, data.classes)
-
-
-@contextlib.contextmanager
-def _alone_in(folder):
-    """Let one process at a time run the block, where the file system can lock a file."""
-    lock = filelock.FileLock(folder / ".download.lock")
-    with contextlib.suppress(OSError, NotImplementedError):  # read-only, or without locks: nobody waits
-        lock.acquire()
-    try:
-        yield
-    finally:
-        if lock.is_locked:
-            with contextlib.suppress(OSError):
-                pathlib.Path(lock.lock_file).unlink()  # still held: who waits for it finds it gone, and makes a new one
-            lock.release()
 
 
 def _digits(train):
@@ -115,8 +99,8 @@ def _digits(train):
     images = F.interpolate(images, size=(32, 32), mode="bilinear").round().byte().expand(-1, 3, -1, -1)
     images = images.contiguous(memory_format=torch.channels_last)
     part = slice(0, 1397) if train else slice(1397, None)  # 400 test images; the file's order is by writer
-    return Dataset(images[part], torch.from_numpy(digits.target[part]), [str(name) for name in digits.target_names],
-                   mirror=False)
+    classes = list(map(str, digits.target_names))
+    return Dataset(images[part], torch.from_numpy(digits.target[part]), classes, mirror=False)
 
 
 def is_named(name):
@@ -169,16 +153,14 @@ def read_image_files(files):
         for file in files:
             try:
                 with Image.open(file, formats=IMAGE_FORMATS) as image:
-                    mode = image.mode
-                    if mode in EIGHT_BIT:
-                        ImageOps.exif_transpose(image, in_place=True)
-                        if image.has_transparency_data:
-                            transparent += image.convert("RGBA").getchannel("A").getextrema()[0] < 255
-                        images.append(np.asarray(image.convert("RGB")))
+                    if image.mode not in EIGHT_BIT:
+                        raise ValueError(f"it has pixels of mode {image.mode}: convert it to RGB or grey of 8 bits")
+                    ImageOps.exif_transpose(image, in_place=True)
+                    if image.has_transparency_data:
+                        transparent += image.convert("RGBA").getchannel("A").getextrema()[0] < 255
+                    images.append(np.asarray(image.convert("RGB")))
             except Exception as error:  # Pillow raises nearly anything on a damaged file
                 raise ValueError(f"{file} cannot be read as an image ({_one_line(error):.200})") from None
-            if mode not in EIGHT_BIT:
-                raise ValueError(f"{file} has pixels of mode {mode}: convert it to RGB or grey of 8 bits")
             if images[-1].shape != images[0].shape:
                 height, width, _ = images[0].shape
                 raise ValueError(f"{file} is not {width}x{height} pixels as the images before it")
@@ -197,56 +179,44 @@ def _say(note):
 def _image_folder(path, train):
     """Load PATH/train/CLASS/* or PATH/test/CLASS/*, in a fixed shuffled order: so the first images hold every class.
     An evaluation looks into test/ alone; training asks that both have the same classes and the same size of images."""
-    part = path / ("train" if train else "test")
+    from torchvision.datasets.folder import make_dataset
+
+    part, others = path / ("train" if train else "test"), []
+
+    def is_image(file):
+        hidden = "/." in file.removeprefix(str(path))
+        if file.lower().endswith(IMAGE_SUFFIXES) and not hidden:
+            return True
+        others.append(file)
+        return False
+
     try:
-        classes, files, labels, others = _class_names(part), [], [], []
+        classes = _class_names(part)
         if train and classes != _class_names(path / "test"):
             raise ValueError("the classes of train and test differ")
         if len(classes) < 2:
             raise ValueError("one class is no classification task")
-        for name in sorted(classes):
-            found, left_out = _files_below(part / name)
-            if not found:
-                raise ValueError(f"Found no valid file for the classes {name} in {part}")
-            files, labels, others = files + found, labels + [classes.index(name)] * len(found), others + left_out
-        one_of_test = _files_below(path / "test" / classes[0])[0][:1] if train else []  # must be as large as the others
+        numbers = {name: number for number, name in enumerate(classes)}
+        samples = make_dataset(part, numbers, is_valid_file=is_image)
+        order = permutation(len(samples), _SPLIT).numpy()
+        if train:
+            samples += make_dataset(path / "test", numbers, is_valid_file=is_image)[:1]  # is it as large as the others?
     except (OSError, ValueError) as error:
         raise ValueError(f"{path}: {_one_line(error)}") from None
     if others:
-        _say(f"{len(others)} files below {part} are not read, as {others[0]}: only {', '.join(IMAGE_SUFFIXES)} are")
-    images = read_image_files(files + one_of_test)
-    order = permutation(len(files), _SPLIT).numpy()
-    return _dataset(images[order], np.asarray(labels)[order].tolist(), classes)
+        _say(f"{len(others)} files below {path} are not read, as {others[0]}: only {', '.join(IMAGE_SUFFIXES)} are")
+    files, labels = zip(*samples, strict=True)
+    return _dataset(read_image_files(files)[order], np.asarray(labels)[order].tolist(), classes)
 
 
 def _class_names(folder):
     """Return the names of the folders in a folder, but for hidden ones, in their order: 0 to K-1 by number, others as
-    strings. Raise OSError or ValueError if there are none."""
-    names = sorted(child.name for child in folder.iterdir() if child.is_dir() and not child.name.startswith("."))
-    if not names:
-        raise ValueError(f"Couldn't find any class folder in {folder}")
+    strings. Raise OSError if there are no folders."""
+    from torchvision.datasets.folder import find_classes
+
+    names = [name for name in find_classes(folder)[0] if not name.startswith(".")]
     numbers = [str(number) for number in range(len(names))]
     return numbers if sorted(numbers) == names else names
-
-
-def _files_below(folder):
-    """Return (the image files, the other files) of a class, sorted. A hidden folder is left out, and so is one that a
-    link leads to a second time. Raise OSError where one cannot be listed."""
-    def fail(error):
-        raise error
-
-    real = pathlib.Path(folder).resolve()
-    seen, files, others = set(real.parents), [], []
-    for root, folders, names in os.walk(folder, followlinks=True, onerror=fail):
-        real = pathlib.Path(root).resolve()
-        folders[:] = sorted(name for name in folders if not name.startswith(".") and real not in seen)
-        if real in seen:
-            continue
-        seen.add(real)
-        for name in names:
-            is_image = name.lower().endswith(IMAGE_SUFFIXES) and not name.startswith(".")
-            (files if is_image else others).append((root, name))
-    return [[os.path.join(*place) for place in sorted(places)] for places in (files, others)]
 
 
 def _one_line(error):
@@ -333,46 +303,44 @@ def step_generator(device, seed, step):
 
 
 def batches(n, batch_size, seed, epoch, aux=0):
-    """Return the index batches of one epoch, (ceil(n / batch_size), batch_size), with every image once. The last batch
-    is filled up from the epoch's first images, so that all batches have one size and no image is left out. With aux, a
-    number below batch_size, that many of each batch are left to `mixed` to fill: the epoch keeps its length and shows
-    only the first images of its order, as RST's."""
+    """Return the index batches of one epoch, (ceil(n / batch_size), batch_size), with every image once. The last is
+    filled up with the epoch's first images. With aux, so many of each batch are left to `mixed` to fill: the epoch
+    keeps its length and shows only the first images of its order, as RST's."""
     order = permutation(n, _ORDER, seed, epoch)
-    steps, size = -(-n // batch_size), batch_size - aux
-    return order.repeat(-(-steps * size // n))[: steps * size].view(steps, size)
+    steps, size = math.ceil(n / batch_size), batch_size - aux
+    return order.repeat(math.ceil(steps * size / n))[: steps * size].view(steps, size)
 
 
-def mixed(dataset, indices, aux, generator):
+def mixed(dataset, indices, aux, rng):
     """Return (images, labels) of the labelled images at `indices` and of `aux` pseudo-labelled ones, which are drawn
     with replacement and shuffled among them. The two stay apart in memory: there may be 1.5 GB of the latter."""
     images, labels = dataset.images[indices], dataset.labels[indices]
     if not aux:
         return images, labels
-    device = images.device
-    drawn = torch.randint(len(dataset.aux.labels), (aux,), generator=generator, device=device)
-    order = torch.randperm(len(indices) + aux, generator=generator, device=device)
+    drawn = torch.randint(len(dataset.aux.labels), (aux,), generator=rng, device=images.device)
+    order = torch.randperm(len(indices) + aux, generator=rng, device=images.device)
     return (torch.cat([images, dataset.aux.images[drawn]])[order],
             torch.cat([labels, dataset.aux.labels[drawn]])[order])
 
 
-def augment(images, generator, mirror=True, padding=4):
+def augment(images, rng, mirror=True, padding=4):
     """Crop and flip a uint8 batch at random, as TRADES and MART do; return float32 in [0, 1]."""
     b, device = len(images), images.device
-    top = torch.randint(2 * padding + 1, (b,), generator=generator, device=device)
-    left = torch.randint(2 * padding + 1, (b,), generator=generator, device=device)
-    flip = torch.rand(b, generator=generator, device=device) < (0.5 if mirror else 0.0)
+    top = torch.randint(2 * padding + 1, (b,), generator=rng, device=device)
+    left = torch.randint(2 * padding + 1, (b,), generator=rng, device=device)
+    flip = torch.rand(b, generator=rng, device=device) < (0.5 if mirror else 0.0)
     return to_float(crop_and_flip(images, top, left, flip, padding))
 
 
 def crop_and_flip(images, top, left, flip, padding=4):
-    """Pad each image of (B, C, H, W), any dtype, with zeros, crop it at its (top, left) in [0, 2·padding] and mirror it
-    where flip is true. Return the result in channels_last."""
-    b, _, h, w = images.shape
-    rows = top[:, None] + torch.arange(h, device=images.device)
-    columns = left[:, None] + torch.where(
-        flip[:, None], torch.arange(w - 1, -1, -1, device=images.device), torch.arange(w, device=images.device))
+    """Return images (B, C, H, W), padded with zeros, cropped at (top, left) in [0, 2·padding] and mirrored where flip
+    is true, in channels_last."""
+    (b, _, h, w), device = images.shape, images.device
+    rows = top[:, None] + torch.arange(h, device=device)
+    columns = torch.arange(w, device=device)
+    columns = left[:, None] + torch.where(flip[:, None], w - 1 - columns, columns)
     padded = F.pad(images, [padding] * 4).permute(0, 2, 3, 1)
-    example = torch.arange(b, device=images.device)[:, None, None]
+    example = torch.arange(b, device=device)[:, None, None]
     return padded[example, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
 
 

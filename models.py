@@ -121,9 +121,7 @@ class PreActBlock(nn.Module):
         self.conv1 = conv(in_planes, planes, 3, stride)
         self.bn2 = nn.BatchNorm2d(planes)
         self.conv2 = conv(planes, planes, 3)
-        self.shortcut = nn.Sequential()
-        if stride != 1 or in_planes != planes:
-            self.shortcut = nn.Sequential(conv(in_planes, planes, 1, stride))
+        self.shortcut = _shortcut(in_planes, planes, stride)[:1]  # without the batch norm
 
     def forward(self, x):
         out = F.relu(self.bn1(x))
@@ -141,8 +139,8 @@ class PreActBlockX(PreActBlock):
 
 
 class ResNet(nn.Module):
-    """ResNet whose first layer is a 3x3 convolution without pooling, as for CIFAR. With pre-activation blocks the
-    first batch norm moves behind the last block (He et al. 2016)."""
+    """ResNet for CIFAR: a 3x3 convolution and no pooling at first. With pre-activation blocks the first batch norm
+    moves behind the last block (He et al. 2016)."""
 
     def __init__(self, block, num_blocks, num_classes=10):
         super().__init__()
@@ -209,15 +207,11 @@ class Normalised(nn.Module):
 
 @contextlib.contextmanager
 def frozen(model):
-    """Put the model into eval mode and its parameters' gradients off, as an attack must see it. Restore every
-    sub-module's mode and every parameter's requires_grad at the end."""
+    """Show an attack the model in eval mode and with constant parameters; restore every mode and requires_grad."""
     training = [module for module in model.modules() if module.training]
     wanting = [parameter for parameter in model.parameters() if parameter.requires_grad]
     try:
-        for module in training:
-            module.training = False
-        for parameter in wanting:
-            parameter.requires_grad_(False)
+        model.eval().requires_grad_(False)
         yield model
     finally:
         for module in training:

@@ -296,7 +296,7 @@ MUTANTS = {  # name: (snippet, replacement, *the tests that must fail)
     "the model stays frozen": (
         "module.training = True", "pass", "test_attacks.py::test_frozen_restores_after_an_error"),
     "the frozen model stays in train mode": (
-        "module.training = False", "pass",
+        "model.eval().requires_grad_(False)", "model.requires_grad_(False)",
         "test_attacks.py::test_nothing_is_left_behind"),
     "AutoAttack's outcomes are ignored": (
         "robust[standing] = label == y[standing]", "pass",
@@ -348,7 +348,7 @@ MUTANTS = {  # name: (snippet, replacement, *the tests that must fail)
     "validation images are trained on": (
         "kept = order[val_size:]", "kept = order", "test_data.py::test_split_holds_out_the_same_images_always"),
     "the last batch is filled with one image": (
-        "return order.repeat(-(-steps * size // n))", "return torch.cat([order, order[:1].repeat(steps * size)])",
+        "return order.repeat(math.ceil(steps * size / n))", "return torch.cat([order, order[:1].repeat(steps * size)])",
         "test_data.py::test_every_image_is_in_every_epoch"),
     "a folder's labels are not shuffled with its images": (
         "np.asarray(labels)[order].tolist()", "list(labels)", "test_data.py::test_a_folder_of_class_folders"),

@@ -96,8 +96,8 @@ def bad_files(folder):
         (folder / name).write_bytes(content)
     return {"absent.pt": "no such file", "empty.pt": "empty", "page.pt": "HTML page", "text.pt": "not a model file",
             "half.pt": "not a model file", "cut.pt": "not a model file", "list.pt": "no state dict but a list",
-            "numbers.pt": "no state dict but 'a'", "objects.pt": "besides tensors", "pointer.pt": "git lfs pull",
-            "tensors.pt": "a safetensors file", "script.pt": "a TorchScript program",
+            "numbers.pt": "no state dict but 'a'", "objects.pt": "besides tensors.*save its state_dict",
+            "pointer.pt": "git lfs pull", "tensors.pt": "a safetensors file", "script.pt": "a TorchScript program",
             "unknown.pt": "no known architecture", "incomplete.pt": "bn1.weight", "zip.pt": "not a model file"}
 
 
@@ -348,19 +348,3 @@ def test_the_two_preactivation_blocks(tmp_path):
     assert info["arch"] == other and info["notes"] == []
     with pytest.raises(ValueError, match=f"it is a {other}, not a {plain}$"):
         checkpoints.load_model(tmp_path / "own.pt", arch=plain)
-
-
-@pytest.mark.parametrize("content", [
-    lambda net: {"state_dict": net.state_dict(), "args": argparse.Namespace(lr=0.1), "acc": np.float64(0.5)},
-    lambda net: net, lambda net: {"net": net, "optimizer": torch.optim.SGD(net.parameters(), 0.1)},
-], ids=["arguments", "module", "in a container"])
-def test_the_command_that_a_refusal_prints_does_it(tmp_path, content):
-    path = tmp_path / 'it\'s "m".pt'
-    net = models.build_model("wrn-10-1")
-    torch.save(content(net), path)
-    with pytest.raises(ValueError, match="if you trust it, this saves its weights alone: ") as error:
-        checkpoints.load_model(path)
-    command = str(error.value).partition("alone: python ")[2]
-    subprocess.run(f"{sys.executable} {command}", shell=True, check=True, cwd=pathlib.Path(checkpoints.__file__).parent)
-    loaded, _ = checkpoints.load_model(path.with_suffix(".weights.pt"))
-    assert all(map(torch.equal, loaded.parameters(), net.parameters()))

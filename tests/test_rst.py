@@ -133,7 +133,7 @@ BAD = {
     "label below 0": (bad(extrapolated_targets=np.full(30, -1)), "labels from -1"),
     "unequal lengths": (bad(extrapolated_targets=np.zeros(29, int)), "(29,)"),
     "no images": (bad(data=np.zeros((0, 32, 32, 3), np.uint8), extrapolated_targets=np.zeros(0, int)), "no images"),
-    "a list": (pickle.dumps([1, 2]), "no `data`"),
+    "a list": (pickle.dumps([1, 2]), "neither an .npz nor a pickle of arrays (\"'list' object"),
     "empty": (b"", "EOFError"),
     "cut": (bad()[:5000], "neither"),
     "html": (b"<html></html>", "neither"),
