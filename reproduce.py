@@ -17,6 +17,7 @@ cells have saved.
 
 import csv
 import json
+import math
 import os
 import pathlib
 import re
@@ -24,9 +25,7 @@ import shlex
 import signal
 import subprocess
 import sys
-import threading
 import time
-from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 import torch
@@ -153,7 +152,6 @@ PAIRS += [(f"eps{epsilon}-alpha0", f"eps{epsilon}-alpha{alpha}")
           for epsilon in ("4", "8", "16", "0.025", "0.05") for alpha in ("0.2", "0.4", "0.6", "0.8", "1")]
 ELSEWHERE = {"results/table3/trades-spat0": "results/table3/trades-spat0-last"}  # the former's JSON is of epoch 5
 HERE = pathlib.Path(__file__).parent  # of the scripts
-LOCK = threading.Lock()  # one thread at a time chooses a cell, starts a process, or stops them all
 
 
 def main(argv=None):
@@ -167,7 +165,7 @@ def main(argv=None):
     try:
         if args.dry_run:
             lines = [["mkdir", "-p", folder] for folder in dict.fromkeys(str(cell.log.parent) for cell in unfinished)]
-            lines += [["python", *command] for cell in unfinished for command in todo(cell)]
+            lines += [["python", *command] for cell in unfinished for command in commands_left(cell)]
             return print("\n".join(map(shlex.join, lines)))
         if not args.report:
             failed, stopped = run(unfinished, slots, args.minutes)
@@ -218,90 +216,76 @@ def parse_args(argv=None):
 
 
 def run(cells, slots, minutes=None):
-    """Finish the cells, in a thread for each slot. Cells with one run directory take turns; where another process is at
-    work, it is waited for. Return ({cell: why it failed}, the signal that stopped it or None), which is SIGTERM after
-    so many minutes. A stopped cell has saved."""
-    check_compiler(cells)
-    waiting, at_work, failed, told = list(cells), [], {}, set()
-    children, stopped = [], []  # all processes; the signal, once they are told to stop
-    end = time.monotonic() + 60 * minutes if minutes else float("inf")
+    """Finish the cells, one in each slot at a time. Cells with one run directory take turns; one at which another
+    process works is tried again later. Return ({cell: why it failed}, the signal that stopped it or None), which is
+    SIGTERM after so many minutes. A stopped cell has saved."""
+    waiting, free, at_work, failed, told = list(cells), list(slots), {}, {}, set()  # at_work: {cell: (slot, its work)}
+    end = time.monotonic() + 60 * minutes if minutes else math.inf
     bar = tqdm(total=len(cells), unit="cell", dynamic_ncols=True, disable=not cells)
-
-    def work(slot):
-        while waiting and not stopped:
-            with LOCK:
-                runs, unfinished = [cell.run for cell in at_work], [*waiting, *at_work]
-                cell = next((cell for cell in waiting if cell.run not in runs and cell.after not in unfinished), None)
-                if cell:
-                    waiting.remove(cell)
-                    at_work.append(cell)
-                    bar.set_postfix_str(", ".join(map(str, at_work)))
-            if not cell:
-                time.sleep(0.1)
-                continue
-            try:
-                finish(cell, slot, children, stopped)
-                bar.update()
-            except BlockingIOError:
-                if cell not in told:
-                    bar.write(f"{cell.run}: another process is at work there, waiting for it", file=sys.stderr)
-                told.add(cell)
-                waiting.append(cell)
-                time.sleep(0.1)
-            except (ValueError, OSError) as error:
-                failed[cell] = str(error)
-                bar.write(f"failed: {cell}", file=sys.stderr)
-                bar.update()
-            finally:
-                with LOCK:
-                    at_work.remove(cell)
-
-    signals, pool = runtime.deferred_signals(second=signal.default_int_handler), ThreadPoolExecutor(len(slots))
-    with bar, signals as received, pool:
-        threads = [pool.submit(work, slot) for slot in slots]
+    with bar, runtime.deferred_signals(second=signal.default_int_handler) as stopped:
         try:
-            while not all(thread.done() for thread in threads):
-                if (received or time.monotonic() > end) and not stopped:
-                    with LOCK:
-                        stopped.append(received[0] if received else signal.SIGTERM)
-                        for process in children:
-                            process.terminate()
+            while at_work or (waiting and not stopped):
+                for cell in list(waiting):
+                    first = cell.run not in [other.run for other in at_work] and cell.after not in [*waiting, *at_work]
+                    if first and free and not stopped:
+                        waiting.remove(cell)
+                        slot = free.pop(0)
+                        at_work[cell] = slot, finish(cell, slot, stopped)
+                        bar.set_postfix_str(", ".join(map(str, at_work)))
+                for cell, (slot, work) in list(at_work.items()):
+                    try:
+                        next(work)
+                        continue
+                    except BlockingIOError:
+                        if cell not in told:
+                            bar.write(f"{cell.run}: another process is at work there, waiting for it", file=sys.stderr)
+                        told.add(cell)
+                        waiting.append(cell)
+                    except StopIteration:  # it is finished, or was stopped
+                        bar.update()
+                    except (ValueError, OSError) as error:
+                        failed[cell] = str(error)
+                        bar.write(f"failed: {cell}", file=sys.stderr)
+                        bar.update()
+                    del at_work[cell]
+                    free.append(slot)
+                if time.monotonic() > end and not stopped:
+                    stopped.append(signal.SIGTERM)
                 time.sleep(0.1)
-        finally:  # with what a second Ctrl-C leaves
-            for process in children:
-                process.kill()
-    for thread in threads:
-        thread.result()  # raises what the thread has raised
+        finally:  # a second Ctrl-C: kill what is left
+            for _, work in at_work.values():
+                work.close()
     return failed, stopped[0] if stopped else None
 
 
-def finish(cell, slot, children, stopped):
-    """Run the commands that finish a cell, one after the other; what they print goes to the end of output.log in the
-    run directory. Raise BlockingIOError where another process is at work, and ValueError if a command fails or leaves
-    a result that is not the recipe's. slot: environment variables. children: a list to which the processes are added.
-    stopped: a list that is filled when they are told to stop."""
+def finish(cell, slot, stopped):
+    """Run the commands that finish a cell, one after the other: a generator that yields while one runs. What they print
+    goes to the end of output.log in the run directory. slot: environment variables. stopped: a list; once it is filled,
+    the command is told to end and no other one starts. Raise BlockingIOError where another process is at work, and
+    ValueError if a command fails or leaves a result that is not the recipe's."""
     cell.run.mkdir(parents=True, exist_ok=True)
     with open(cell.run / "output.log", "ab", buffering=0) as log:
-        try:  # flock on this descriptor, which the commands inherit: it is locked as long as one of them lives, even
-            if fcntl:  # where this process does not. filelock's is not inherited.
-                fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            if isinstance(error, BlockingIOError):  # and not a network file system that has no locks
-                raise
+        lock(log)
         cell.log.parent.mkdir(parents=True, exist_ok=True)
-        for script, *flags in todo(cell):
+        for script, *flags in commands_left(cell):
+            if stopped:
+                return
             if script == "train_cifar.py" and cell.after and not cell.labels.exists():
                 first = f"python reproduce.py {cell.target} --scale {cell.scale} --seeds {cell.seed} --cell 1"
                 raise ValueError(f"{cell.labels} is missing, run this first: {first}")
             log.write(f"$ {shlex.join(['python', script, *flags])}\n".encode())
-            with LOCK:
+            process = subprocess.Popen(  # in a group of its own, so that Ctrl-C does not reach it besides terminate()
+                [sys.executable, HERE / script, *flags], stdin=subprocess.DEVNULL, stdout=log, stderr=log,
+                env=os.environ | slot, process_group=0)
+            try:
+                while process.poll() is None and not stopped:
+                    yield
                 if stopped:
-                    return
-                process = subprocess.Popen(  # in a group of its own: Ctrl-C is not to reach it besides what run() sends
-                    [sys.executable, HERE / script, *flags], stdin=subprocess.DEVNULL, stdout=log, stderr=log,
-                    env=os.environ | slot, process_group=0)
-                children.append(process)
-            process.wait()
+                    process.terminate()
+                while process.poll() is None:  # it saves
+                    yield
+            finally:
+                process.kill()
             if stopped and process.returncode in (128 + signal.SIGTERM, -signal.SIGTERM):
                 return
             if process.returncode:
@@ -315,14 +299,16 @@ def finish(cell, slot, children, stopped):
             checkpoints.write_atomically(cell.log, (cell.run / "log.csv").read_bytes())
 
 
-def check_compiler(cells):
-    """Raise ValueError if a recipe compiles and torch.compile fails here, as it would in each of the trainings."""
-    if not all("--compile off" in shlex.join(cell.training()) for cell in cells):
-        try:
-            device = "cuda" if torch.cuda.is_available() else "cpu"
-            torch.compile(torch.relu)(torch.zeros(9, device=device, requires_grad=True)).sum().backward()
-        except Exception as error:  # whatever the toolchain may raise
-            raise ValueError(f"this recipe compiles, but torch.compile fails here ({type(error).__name__})") from None
+def lock(file):
+    """Lock an open file, or raise BlockingIOError. The commands inherit its descriptor, and with it the lock (which
+    filelock's is not): it lasts as long as one of them lives, even where this process does not."""
+    try:
+        if fcntl:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise
+    except OSError:  # a network file system without locks
+        pass
 
 
 def job_slots(jobs=None):
@@ -465,7 +451,7 @@ def evaluated_otherwise(result, command):
     return words
 
 
-def todo(cell):
+def commands_left(cell):
     """Return the commands that finish a cell. Raise ValueError if its run directory holds a run of another recipe, or
     none that is whole, or not the model of a result that is there."""
     missing, _ = missing_and_differing(cell)

@@ -28,7 +28,7 @@ assert 1 <= len(reproduce.job_slots()) <= 4
 os.chdir(FOLDER)
 reproduce.missing_and_differing = lambda cell: ({}, [])  # nothing is left to do
 cell = reproduce.Cell("table3", "digits", "mart", 1)
-reproduce.finish(cell, {}, [], [])
+list(reproduce.finish(cell, {}, []))
 assert (cell.run / "output.log").exists()
 """
 

@@ -362,16 +362,6 @@ def test_a_failing_cell_does_not_stop_the_others(stubs, capsys):
     assert len(begun()) == 2
 
 
-def test_a_recipe_that_compiles_ends_before_the_work_where_there_is_no_compiler(monkeypatch, tmp_path, capsys):
-    def broken(*_, **__):
-        raise RuntimeError("no compiler")
-
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(reproduce.torch, "compile", broken)
-    error = fails_in_one_line(reproduce.main, ["table3", "--scale", "cpu"], capsys)
-    assert "torch.compile fails here (RuntimeError)" in error and not list(tmp_path.iterdir())
-
-
 def test_the_worst_case_is_of_the_recipes_attacks(stubs):
     """A file that holds one attack more, under which nothing is right."""
     cell = stubs(seven()[:1])[0]
@@ -496,7 +486,7 @@ def test_a_signal_ends_the_children_and_the_next_run_resumes(flags, number, code
         with open(cell.run / "output.log", "ab") as file:  # nobody holds it
             reproduce.fcntl.flock(file, reproduce.fcntl.LOCK_EX | reproduce.fcntl.LOCK_NB)
     if not flags:
-        assert reproduce.todo(cells[0]) == [cells[0].training() + ["--resume"], *cells[0].evaluations().values()]
+        assert reproduce.commands_left(cells[0]) == [cells[0].training() + ["--resume"], *cells[0].evaluations().values()]
 
 
 @pytest.mark.parametrize("argv, words", [
