@@ -444,20 +444,17 @@ def commands_left(cell):
     """Return the commands that finish a cell. Raise ValueError if its run directory holds a run of another recipe, a
     damaged one, or not the model of the results that are there."""
     missing, _ = missing_and_differing(cell)
-    commands = list(missing.values())
-    if not commands:
-        return []
     for path in cell.evaluations().keys() - missing.keys():
         if not has_model(cell, path):
             raise ValueError(f"{path} is of a model that is not in {cell.run}: move it away, or use --results-dir")
     if not any((cell.run / name).exists() for name in ("last.pt", "last.prev.pt")):
-        return [cell.training(), *commands]
+        return [cell.training(), *missing.values()]
     found = train_cifar.load_run(cell.run)
     if words := trained_otherwise(found["args"], cell):
         raise ValueError(f"{cell.run} is of another recipe ({', '.join(words)}): move it away")
     if len(found["rows"]) < found["args"]["epochs"]:  # and not log.csv's: it is written before last.pt
-        return [cell.training() + ["--resume"], *commands]
-    return commands
+        return [cell.training() + ["--resume"], *missing.values()]
+    return list(missing.values())
 
 
 def has_model(cell, path):

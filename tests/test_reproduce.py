@@ -318,11 +318,10 @@ def test_a_lost_model_is_not_mixed_with_the_results_that_remain(left, two_files,
 @pytest.mark.parametrize("target, scale, number", [
     ("table3", "gpu", "[84.39]"), ("table3", "digits", None), ("table3", "confident", None),
     ("table3-cifar100", "cpu", "[61.77]"), ("table4", "cpu", "[89.65]"), ("figure5", "digits", None)])
-def test_the_papers_numbers_stand_beside_its_task_alone(target, scale, number, tmp_path, monkeypatch, capsys):
+def test_the_papers_numbers_stand_beside_its_task_alone(target, scale, number, monkeypatch, capsys):
     monkeypatch.chdir(ROOT)
-    summaries = tmp_path / "results"
-    shutil.copytree(ROOT / "results", summaries)
-    assert ends([target, "--scale", scale, "--report", "--results-dir", str(summaries)]) == 0
+    monkeypatch.setattr(checkpoints, "write_atomically", lambda *_: None)
+    assert ends([target, "--scale", scale, "--report"]) == 0
     printed = capsys.readouterr().out
     assert (number in printed) if number else not re.search(r"\[\d", printed)
 
