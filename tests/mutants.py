@@ -250,7 +250,7 @@ MUTANTS = {  # name: (snippet, replacement, *the tests that must fail)
         "test_reproduce.py::test_a_lost_model_is_not_mixed_with_the_results_that_remain[no run]"),
     "the paper's numbers stand beside any task": (
         'if key[1] in ("digits", "confident"):', "if False:",
-        "test_reproduce.py::test_the_papers_numbers_stand_beside_its_task_alone[table3-digits-None]"),
+        "test_reproduce.py::test_the_papers_numbers_stand_beside_its_task_alone[digits-False]"),
     "what came with the repository was run here": (
         "if all(has_model(cell, path) for path in cell.evaluations())]", "]",
         "test_reproduce.py::test_the_first_line_says_what_was_run_and_what_came_with_the_repository"),
