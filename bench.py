@@ -204,9 +204,8 @@ def ours(args, precision, level):
     x, y = batch(args, args.batch_size, torch.channels_last)
     x_eval, y_eval = batch(args, args.eval_batch_size, torch.channels_last)
     pixels, plain = x_eval.mul(255).byte(), runtime.plain_pass(model, precision)
-    forward, forward_eval = (runtime.fast_pass(model, plain, like, level) for like in (x, x_eval))
-    if level == "graphs":
-        forward.strict = forward_eval.strict = True  # what cannot be recorded is no row of it
+    # strict: what cannot be recorded is no row of "graphs"
+    forward, forward_eval = (runtime.fast_pass(model, plain, like, level, strict=True) for like in (x, x_eval))
     update = attacks.recorded(forward, functools.partial(train_cifar.forward_backward, model, forward, args=train_args))
 
     def attack():

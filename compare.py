@@ -55,17 +55,18 @@ def paired_differences(first, second):
     """Return {attack's name: paired_difference} of the attacks that two results share, by name and parameters. Raise
     ValueError if they are not of the same images, or share no attack."""
     check_images(first, second)
-    before, after = ({row["name"]: row for row in result["attacks"]} for result in (first, second))
-    settings_of = eval_attacks.settings
-    shared = [name for name in before if name in after and settings_of(before[name]) == settings_of(after[name])]
-    if not shared:
+    after, differences = {row["name"]: row for row in second["attacks"]}, {}
+    for row in first["attacks"]:
+        other = after.get(row["name"])
+        if other and eval_attacks.settings(row) == eval_attacks.settings(other):
+            differences[row["name"]] = paired_difference(*map(eval_attacks.correct_mask, (row, other)))
+    if not differences:
         raise ValueError("the two files share no attack with the same parameters")
-    return {name: paired_difference(*map(eval_attacks.correct_mask, (before[name], after[name]))) for name in shared}
+    return differences
 
 
 def check_images(first, second):
-    """Raise ValueError unless two results are of the same images: by their hash, wherever the files lay, or, where one
-    is older than that entry, by the name of the data set."""
+    """Raise ValueError unless two results are of the same images, by hash or, where one lacks it, by data set."""
     if first["n"] != second["n"]:
         raise ValueError(f"not the same images: n is {first['n']} and {second['n']}")
     hashes = [result.get("images") for result in (first, second)]
@@ -78,8 +79,8 @@ def check_images(first, second):
 
 def paired_difference(a, b):
     """Return how two (n,) bool outcomes on the same images differ: a dict of n, gained (wrong in a, right in b), lost,
-    the difference b - a, its 95 % interval (Agresti and Min 2005: the Wald interval after half an image is added to
-    each of the four cells) and McNemar's exact p."""
+    the difference b - a of the accuracies, its 95 % interval (Agresti and Min 2005: Wald's, after half an image is
+    added to each of the four cells) and McNemar's exact p."""
     gained, lost, n = int((~a & b).sum()), int((a & ~b).sum()), len(a)
     middle = (gained - lost) / (n + 2)
     half = Z * math.sqrt((gained + lost + 1) / (n + 2) - middle**2) / math.sqrt(n + 2)
@@ -89,24 +90,25 @@ def paired_difference(a, b):
 
 
 def over_seeds_and_images(values, cheap=None):
-    """Return the mean of (S, n) values, one for each of S seeds and n images, in a dict with n (S), its 95 % interval
-    and the two-sided p of a mean of 0. Its variance is that of the seeds' means over S plus that of the images' means
-    over n, because all seeds share the images and another experiment would draw both. The chance of one seed on one
-    image is in both, so the interval is rather too wide. It is Student's t with Welch's degrees of freedom; one seed
-    has none but the images'. cheap: (S, N) values of a cheaper attack on N images, the first n as good as drawn at
-    random. The mean is then estimated for all N: cheap's, plus that of the differences on the n (Cochran 1977)."""
-    if cheap is None:
-        cheap = values
+    """Return the mean of (S, n) values, of S seeds on n images: a dict of n (S), mean, its 95 % interval and p, the
+    two-sided one of a mean of 0. The variance is that of the seeds' means over S plus that of the images' means over n,
+    as another experiment would draw both. What one seed draws on one image is in both, so the interval is rather too
+    wide. It is Student's t with Welch's degrees of freedom; one seed has the images' variance alone.
+    cheap: (S, N) values of a cheaper attack on N images, the first n as good as drawn at random. The mean is then
+    estimated for all N: that of cheap, plus that of the differences on the n (Cochran 1977)."""
+    cheap = values if cheap is None else cheap
     (seeds, n), images = values.shape, cheap.shape[1]
     error = values - cheap[:, :n]
-    of_seeds = cheap.mean(axis=1) + error.mean(axis=1)
+    mean = float(cheap.mean() + error.mean())
     of_error, of_values = (  # with half an image more for each outcome, as in paired_difference
         (d @ d + 1 / seeds) / (n + 2) - (d.sum() / (n + 2)) ** 2 for d in (error.mean(axis=0), values.mean(axis=0)))
     variance, freedom = of_error * (1 / n - 1 / images) + of_values / images, math.inf
     if seeds > 1:
+        of_seeds = cheap.mean(axis=1) + error.mean(axis=1)
         parts = np.array([variance, of_seeds.var(ddof=1) / seeds])
-        variance, freedom = parts.sum(), parts.sum() ** 2 / (parts**2 / [n - 1, seeds - 1]).sum()
-    mean, deviation = float(cheap.mean() + error.mean()), math.sqrt(variance)
+        variance = parts.sum()
+        freedom = variance**2 / (parts**2 / [n - 1, seeds - 1]).sum()
+    deviation = math.sqrt(variance)
     half = deviation * float(scipy.stats.t.ppf(0.975, freedom))
     return {"n": seeds, "mean": mean, "interval": (max(-1.0, mean - half), min(1.0, mean + half)),
             "p": 2 * float(scipy.stats.t.sf(abs(mean) / deviation, freedom))}
@@ -121,9 +123,9 @@ def holm(p_values):
 
 
 def summarise(found, pairs, paper):
-    """Return a dict of two lists of dicts, with accuracies in [0, 1]: "rows" has each row's attacks with
-    over_seeds_and_images, "comparisons" has b - a (see difference_over) with Holm's p over all of them. found: {row:
-    {seed: {attack: its entry in the JSON}}}. pairs: (row a, row b). paper: {row: {attack: accuracy in %}}."""
+    """Return {"rows": over_seeds_and_images of each row's accuracy in [0, 1] under each attack, "comparisons": of each
+    pair (a, b) and attack difference_over, on the seeds that both rows have, with Holm's p over all of them}, lists of
+    dicts. found: {row: {seed: {attack: its entry in the JSON}}}. paper: {row: {attack: accuracy in %}}."""
     rows, comparisons = [], []
     for row, of_seeds in found.items():
         for attack, entry in next(iter(of_seeds.values())).items():
@@ -152,8 +154,8 @@ def outcomes(of_seeds, attack):
 
 def difference_over(of_a, of_b, attack):
     """Return over_seeds_and_images of the difference b - a and, as "all_images", the same estimated for the images of
-    the worst case, or None if the attack saw them all. With one seed interval and p are paired_difference's, and say
-    nothing of another training. of_a, of_b: for each seed the row's {attack: its entry in the JSON}."""
+    the worst case, or None if the attack saw them all. One seed has paired_difference's interval and p, which say
+    nothing of another training. of_a, of_b: as in outcomes."""
     difference = outcomes(of_b, attack) - outcomes(of_a, attack)
     result = over_seeds_and_images(difference) | {"all_images": None}
     if len(of_a) == 1:
@@ -199,11 +201,10 @@ def cell_text(entry):
 
 
 def in_words(result, before_p=" | "):
-    """Return "-0.24 (-0.60 to +0.13) | 0.22": a difference in points, its interval, and p (empty if None)."""
+    """Return "-0.24 (-0.60 to +0.13) | 0.22": a difference in points, its interval and p."""
     difference = result["mean"] if "mean" in result else result["difference"]
     low, high = result["interval"]
-    p = "" if result["p"] is None else f"{result['p']:.2g}"
-    return f"{100 * difference:+.2f} ({100 * low:+.2f} to {100 * high:+.2f}){before_p}{p}"
+    return f"{100 * difference:+.2f} ({100 * low:+.2f} to {100 * high:+.2f}){before_p}{result['p']:.2g}"
 
 
 if __name__ == "__main__":

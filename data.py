@@ -184,7 +184,7 @@ def _image_folder(path, train):
     part, others = path / ("train" if train else "test"), []
 
     def is_image(file):
-        hidden = "/." in file.removeprefix(str(path))
+        hidden = any(part.startswith(".") for part in pathlib.Path(file).relative_to(path).parts)
         if file.lower().endswith(IMAGE_SUFFIXES) and not hidden:
             return True
         others.append(file)

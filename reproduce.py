@@ -10,13 +10,14 @@
     python reproduce.py table3 --scale paper --cell 3 --dry-run | sed 's/^python/torchrun --nproc-per-node=8/' | bash -e
 
 A cell is one row of a table with one seed: a line of train_cifar.py and lines of eval_attacks.py, whose output is in
-output.log in its run directory. What is finished is skipped, what was interrupted goes on. Exit status 0; 1 if a cell
-failed or has results of another recipe or of two models; 130 or 143 after Ctrl-C, or SIGTERM and --minutes, when all
+output.log in its run directory. What is finished is skipped, what was interrupted goes on. Exit status: 0; 1 if a cell
+failed or has results of another recipe or of two models; 130 after Ctrl-C and 143 after SIGTERM or --minutes, when all
 cells have saved.
 """
 
 import csv
 import json
+import math
 import os
 import pathlib
 import re
@@ -24,9 +25,7 @@ import shlex
 import signal
 import subprocess
 import sys
-import threading
 import time
-from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 import torch
@@ -65,16 +64,21 @@ SMALL = f"--batch-size 50 {EXACT}"  # larger batches are slower on a CPU, and th
 DIGITS = f"--dataset digits --val-size 0 --batch-size 32 --num-steps 3 --step-size 0.025 {EXACT}"
 RATE = "--lr 0.2 --lr-schedule onecycle"
 RATE_DECAY = f"{RATE} --weight-decay 5e-4"
+DIGITS_5, WRN_10_2 = f"--epochs 5 {DIGITS}", f"--arch wrn-10-2 --epochs 6 {RATE_DECAY} {FAST}"
 ALL = "--attacks natural fgsm pgd cw"
 TWO_CW = f"{ALL} --kappas 50 0"
+PGD_8 = "--attacks natural pgd --epsilon 8/255"
 LS = "--attacks natural pgd-kl pgd-ls --alphas"
-LAST_AND_BEST = {"": f"last.pt {TWO_CW} {FAST}", "-best": f"best.pt {TWO_CW} {FAST}"}
 SIXTEEN = "0 1e-5 5e-5 1e-4 1e-3 1e-2 0.1 0.2 0.3 0.4 0.5 0.6 0.7 0.8 0.9 1"
+LAST = {"": f"last.pt {ALL} {SMALL}"}
+LAST_AND_BEST = {"": f"last.pt {TWO_CW} {FAST}", "-best": f"best.pt {TWO_CW} {FAST}"}
+DIGITS_PGD = {"": f"last.pt --attacks natural pgd --epsilon 0.05 --num-images 200 {SMALL}"}
+RST_PGD = {"": f"last.pt --protocol rst {FAST}"}
 # each method without and with SPAT; trades-spat0 has CE for KL in the attack, and no smoothing
 TABLE_3 = ["madry", "madry-spat0.2", "trades", "trades-spat0", "trades-spat0.1", "mart", "mart-spat0.3"]
 TABLE_3_CIFAR100 = ["madry", "trades", "trades-spat0", "trades-spat0.1", "mart", "mart-spat0.2"]
-FAT = ["madry", "madry-stop0", "madry-stop1", "madry-spat0.2", "madry-spat0.2-stop0", "madry-spat0.2-stop1",
-       "mart", "mart-stop0", "mart-stop1", "mart-spat0.3", "mart-spat0.3-stop0", "mart-spat0.3-stop1"]
+FAT = [f"{method}{stop}" for method in ("madry", "madry-spat0.2", "mart", "mart-spat0.3")
+       for stop in ("", "-stop0", "-stop1")]
 RST = ["rst", "rst-spat0", "rst-spat0.1", "mart", "mart-spat0.1"]
 RST_FLAGS = "--recipe rst --epochs 6"
 RST_AUX = f"{RST_FLAGS} --aux-data {{aux}}"
@@ -82,63 +86,58 @@ FIGURE_4 = ["standard", "madry"]
 FIGURE_5 = [f"eps{epsilon}-alpha{alpha}" for epsilon in (4, 8, 16) for alpha in ("0", "0.2", "0.4", "0.6", "0.8", "1")]
 
 RECIPES = {
-    ("table3", "digits"): Recipe(TABLE_3, f"--epochs 5 {DIGITS}", {"": f"last.pt {ALL} {SMALL}"}),
+    ("table3", "digits"): Recipe(TABLE_3, DIGITS_5, LAST),
     # where the smoothing acts: 31 % of a Madry model's training images have p_y > 0.7, found without test images
     ("table3", "confident"): Recipe(
         TABLE_3, "--dataset cifar10-first4 --arch wrn-10-1 --epsilon 4/255 --step-size 2/255 --num-steps 3 "
         f"--limit-train 6000 --val-size 0 --epochs 5 --batch-size 64 {RATE_DECAY} {EXACT}",
         {"": f"last.pt --attacks natural pgd cw --epsilon 4/255 --num-images 2000 {SMALL}"}, seeds=(1, 2, 3, 4, 5)),
     ("table3", "cpu"): Recipe(
-        TABLE_3, f"--arch wrn-10-2 --epochs 6 {RATE_DECAY} {FAST}",
+        TABLE_3, WRN_10_2,
         {"": f"last.pt {TWO_CW} {FAST}", "-apgd": f"last.pt --attacks natural pgd apgd --num-images 1000 {EAGER}",
-         "-autoattack": f"last.pt --attacks natural pgd autoattack --num-images 256 {EAGER}"}, "table3", "table3"),
+         "-autoattack": f"last.pt --attacks natural pgd autoattack --num-images 256 {EAGER}"},
+        runs="table3", results="table3"),
     ("table3", "gpu"): Recipe(  # as it was run on an H100; its evaluation takes seconds, and compiling 40
         TABLE_3, f"--arch resnet-18 --val-size 0 --epochs 8 {RATE_DECAY} --precision bf16 --compile graphs",
         {"": f"last.pt {ALL} --batch-size 1000 {EAGER}"}),
-    ("table3", "paper"): Recipe(
-        ["madry", "trades", "trades-spat0.1", "mart", "mart-spat0.3"], FAST, LAST_AND_BEST),
+    ("table3", "paper"): Recipe(["madry", "trades", "trades-spat0.1", "mart", "mart-spat0.3"], FAST, LAST_AND_BEST),
     # do SPAT and FAT's early-stopped attack add up? fixed before the first run: ten seeds, the worst case counts
-    ("fat", "digits"): Recipe(
-        FAT, f"--epochs 5 {DIGITS}", {"": f"last.pt {ALL} {SMALL}"}, seeds=tuple(range(1, 11))),
+    ("fat", "digits"): Recipe(FAT, DIGITS_5, LAST, seeds=tuple(range(1, 11))),
     ("table3-cifar100", "cpu"): Recipe(
         TABLE_3_CIFAR100, "--dataset {data}/cifar-100-png --arch wrn-10-1 --step-size 4/255 --num-steps 3 --val-size 0 "
-        f"--epochs 3 --batch-size 64 {RATE} {EXACT}", {"": f"last.pt {ALL} {SMALL}"},
+        f"--epochs 3 --batch-size 64 {RATE} {EXACT}", LAST,
         own={"madry": "--weight-decay 2e-4", "trades": "--weight-decay 2e-4", "mart": "--weight-decay 7e-4"}),
     ("table3-cifar100", "paper"): Recipe(
         ["madry", "trades", "trades-spat0.1", "mart", "mart-spat0.2"], f"--dataset cifar100 {FAST}", LAST_AND_BEST),
     # trades-300 and trades-10000 train on the labelled images alone
     ("table4", "digits"): Recipe(
-        ["labeller", "trades-300", *RST], f"--arch wrn-10-1 --limit-train 300 {RATE} {DIGITS}",
-        {"": f"last.pt --attacks natural pgd --epsilon 0.05 --num-images 200 {SMALL}"},
+        ["labeller", "trades-300", *RST], f"--arch wrn-10-1 --limit-train 300 {RATE} {DIGITS}", DIGITS_PGD,
         own={"labeller": "--epochs 30", "trades": f"{RST_FLAGS} --epsilon 0.05", "rst": f"{RST_AUX} --epsilon 0.05",
              "mart": f"{RST_AUX} --epsilon 0.05"},
         label="--dataset digits --skip 300", evaluate_labeller=f"last.pt --attacks natural {SMALL}"),
     ("table4", "cpu"): Recipe(
-        ["labeller", "trades-10000", *RST],
-        f"--arch wrn-16-2 --limit-train 10000 --batch-size 128 {RATE} {FAST}", {"": f"last.pt --protocol rst {FAST}"},
-        "rst", "rst", own={"labeller": "--val-size 0 --epochs 20 --weight-decay 5e-4", "trades": RST_FLAGS,
-                           "rst": RST_AUX, "mart": RST_AUX},
+        ["labeller", "trades-10000", *RST], f"--arch wrn-16-2 --limit-train 10000 --batch-size 128 {RATE} {FAST}",
+        RST_PGD, runs="rst", results="rst",
+        own={"labeller": "--val-size 0 --epochs 20 --weight-decay 5e-4", "trades": RST_FLAGS, "rst": RST_AUX,
+             "mart": RST_AUX},
         label="--dataset cifar10 --skip 10000", evaluate_labeller=f"last.pt --attacks natural {EAGER}"),
     ("table4", "paper"): Recipe(
         ["rst", "mart", "rst-spat0.1", "mart-spat0.1"],
-        f"--recipe rst --aux-data ti_500K_pseudo_labeled.pickle {FAST}", {"": f"last.pt --protocol rst {FAST}"}),
+        f"--recipe rst --aux-data ti_500K_pseudo_labeled.pickle {FAST}", RST_PGD),
     ("figure4", "digits"): Recipe(
-        FIGURE_4, f"--epochs 5 {DIGITS}", {"": f"last.pt {LS} 0 0.1 0.5 1 --num-images 200 {SMALL}"}, "table3-digits"),
+        FIGURE_4, DIGITS_5, {"": f"last.pt {LS} 0 0.1 0.5 1 --num-images 200 {SMALL}"}, runs="table3-digits"),
     ("figure4", "cpu"): Recipe(
-        FIGURE_4, f"--arch wrn-10-2 --epochs 6 {RATE_DECAY} {FAST}", {"": f"last.pt {LS} {SIXTEEN} {FAST}"},
-        "table3", "attack-strength"),
-    ("figure4", "paper"): Recipe(FIGURE_4, FAST, {"": f"last.pt {LS} {SIXTEEN} {FAST}"}, "table3-paper"),
+        FIGURE_4, WRN_10_2, {"": f"last.pt {LS} {SIXTEEN} {FAST}"}, runs="table3", results="attack-strength"),
+    ("figure4", "paper"): Recipe(FIGURE_4, FAST, {"": f"last.pt {LS} {SIXTEEN} {FAST}"}, runs="table3-paper"),
     ("figure5", "digits"): Recipe(
         [f"eps{epsilon}-alpha{alpha}" for epsilon in ("0.025", "0.05") for alpha in ("0", "0.4", "1")],
-        f"--random-start uniform --limit-train 600 --epochs 3 {DIGITS}",
-        {"": f"last.pt --attacks natural pgd --epsilon 0.05 --num-images 200 {SMALL}"}),
+        f"--random-start uniform --limit-train 600 --epochs 3 {DIGITS}", DIGITS_PGD),
     ("figure5", "cpu"): Recipe(
         FIGURE_5, "--random-start uniform --arch wrn-10-1 --limit-train 10000 --val-size 0 --epochs 8 "
-        f"{RATE_DECAY} {FAST}", {"": f"last.pt --attacks natural pgd --epsilon 8/255 {EAGER}"}, "figure5", "figure5"),
+        f"{RATE_DECAY} {FAST}", {"": f"last.pt {PGD_8} {EAGER}"}, runs="figure5", results="figure5"),
     ("figure5", "paper"): Recipe(
         FIGURE_5, f"--random-start uniform --arch resnet-50 {FAST}",
-        {"": f"last.pt --attacks natural pgd --epsilon 8/255 {FAST}",
-         "-best": f"best.pt --attacks natural pgd --epsilon 8/255 {FAST}"}),
+        {"": f"last.pt {PGD_8} {FAST}", "-best": f"best.pt {PGD_8} {FAST}"}),
 }
 TARGETS = list(dict.fromkeys(target for target, _ in RECIPES))
 SCALES = list(dict.fromkeys(scale for _, scale in RECIPES))
@@ -151,9 +150,8 @@ PAIRS = [("madry", "madry-spat0.2"), ("trades", "trades-spat0.1"), ("trades", "t
          ("mart-stop0", "mart-spat0.3-stop0"), ("mart-stop1", "mart-spat0.3-stop1")]
 PAIRS += [(f"eps{epsilon}-alpha0", f"eps{epsilon}-alpha{alpha}")
           for epsilon in ("4", "8", "16", "0.025", "0.05") for alpha in ("0.2", "0.4", "0.6", "0.8", "1")]
-ELSEWHERE = {"results/table3/trades-spat0": "results/table3/trades-spat0-last"}  # the former's JSON is of epoch 5
+DEFENSES = {"rst": "trades", "labeller": "standard"}  # of rows that are not named after theirs
 HERE = pathlib.Path(__file__).parent  # of the scripts
-LOCK = threading.Lock()  # one thread at a time chooses a cell, starts a process, or stops them all
 
 
 def main(argv=None):
@@ -167,7 +165,7 @@ def main(argv=None):
     try:
         if args.dry_run:
             lines = [["mkdir", "-p", folder] for folder in dict.fromkeys(str(cell.log.parent) for cell in unfinished)]
-            lines += [["python", *command] for cell in unfinished for command in todo(cell)]
+            lines += [["python", *command] for cell in unfinished for command in commands_left(cell)]
             return print("\n".join(map(shlex.join, lines)))
         if not args.report:
             failed, stopped = run(unfinished, slots, args.minutes)
@@ -177,7 +175,9 @@ def main(argv=None):
         parser.error(error)
     for cell, why in failed.items():
         print(f"failed: {cell}: {why}", file=sys.stderr)
-    sys.exit(128 + stopped if stopped else 1 if failed else 0)
+    if stopped:
+        sys.exit(128 + stopped)
+    sys.exit(1 if failed else 0)
 
 
 def parse_args(argv=None):
@@ -188,7 +188,8 @@ def parse_args(argv=None):
     add("--scale", choices=SCALES, help="digits: a minute a cell, offline, without table3-cifar100; confident: four "
         "classes that the models are sure of, table3 alone; cpu: hours; gpu: one H100, table3 alone; paper: its own")
     add("--seeds", nargs="+", type=runtime.natural_int, metavar="S", help="default: 1; confident: 1 to 5")
-    add("--cell", type=runtime.positive_int, metavar="N", help="the N-th cell alone, from 1: seed by seed, row by row")
+    add("--cell", type=runtime.positive_int, metavar="N", help="the N-th cell alone, from 1: seed by seed, row by row "
+        "(table4's labeller first)")
     add("--jobs", type=runtime.positive_int, metavar="N", help="cells at once on a CPU (default: one a core, up to 4)")
     add("--minutes", type=runtime.positive_float, metavar="M", help="stop after so long, when all cells have saved")
     add("--dry-run", action="store_true", help="print the commands that would be run")
@@ -218,111 +219,88 @@ def parse_args(argv=None):
 
 
 def run(cells, slots, minutes=None):
-    """Finish the cells, in a thread for each slot. Cells with one run directory take turns; where another process is at
-    work, it is waited for. Return ({cell: why it failed}, the signal that stopped it or None), which is SIGTERM after
-    so many minutes. A stopped cell has saved."""
-    check_compiler(cells)
-    waiting, at_work, failed, told = list(cells), [], {}, set()
-    children, stopped = [], []  # all processes; the signal, once they are told to stop
-    end = time.monotonic() + 60 * minutes if minutes else float("inf")
+    """Finish the cells, one in each slot at a time. Cells with one run directory take turns; one at which another
+    process works is tried again later. Return ({cell: why it failed}, the signal that stopped it or None), which is
+    SIGTERM after so many minutes. A stopped cell has saved."""
+    waiting, free, at_work, failed, told = list(cells), list(slots), {}, {}, set()  # at_work: {cell: (slot, its work)}
+    end = time.monotonic() + 60 * minutes if minutes else math.inf
     bar = tqdm(total=len(cells), unit="cell", dynamic_ncols=True, disable=not cells)
-
-    def work(slot):
-        while waiting and not stopped:
-            with LOCK:
-                runs, unfinished = [cell.run for cell in at_work], [*waiting, *at_work]
-                cell = next((cell for cell in waiting if cell.run not in runs and cell.after not in unfinished), None)
-                if cell:
-                    waiting.remove(cell)
-                    at_work.append(cell)
-                    bar.set_postfix_str(", ".join(map(str, at_work)))
-            if not cell:
-                time.sleep(0.1)
-                continue
-            try:
-                finish(cell, slot, children, stopped)
-                bar.update()
-            except BlockingIOError:
-                if cell not in told:
-                    bar.write(f"{cell.run}: another process is at work there, waiting for it", file=sys.stderr)
-                told.add(cell)
-                waiting.append(cell)
-                time.sleep(0.1)
-            except (ValueError, OSError) as error:
-                failed[cell] = str(error)
-                bar.write(f"failed: {cell}", file=sys.stderr)
-                bar.update()
-            finally:
-                with LOCK:
-                    at_work.remove(cell)
-
-    signals, pool = runtime.deferred_signals(second=signal.default_int_handler), ThreadPoolExecutor(len(slots))
-    with bar, signals as received, pool:
-        threads = [pool.submit(work, slot) for slot in slots]
+    with bar, runtime.deferred_signals(second=signal.default_int_handler) as stopped:
         try:
-            while not all(thread.done() for thread in threads):
-                if (received or time.monotonic() > end) and not stopped:
-                    with LOCK:
-                        stopped.append(received[0] if received else signal.SIGTERM)
-                        for process in children:
-                            process.terminate()
+            while at_work or (waiting and not stopped):
+                for cell in list(waiting):
+                    runs, unfinished = [other.run for other in at_work], [*waiting, *at_work]
+                    if free and not stopped and cell.run not in runs and cell.after not in unfinished:
+                        waiting.remove(cell)
+                        slot = free.pop(0)
+                        at_work[cell] = slot, finish(cell, slot, stopped)
+                        bar.set_postfix_str(", ".join(map(str, at_work)))
+                for cell, (slot, work) in list(at_work.items()):
+                    try:
+                        next(work)
+                        continue
+                    except BlockingIOError:
+                        if cell not in told:
+                            bar.write(f"{cell.run}: another process is at work there, waiting for it", file=sys.stderr)
+                        told.add(cell)
+                        waiting.append(cell)
+                    except StopIteration:  # it is finished, or was stopped
+                        bar.update()
+                    except (ValueError, OSError) as error:
+                        failed[cell] = str(error)
+                        bar.write(f"failed: {cell}", file=sys.stderr)
+                        bar.update()
+                    del at_work[cell]
+                    free.append(slot)
+                if time.monotonic() > end and not stopped:
+                    stopped.append(signal.SIGTERM)
                 time.sleep(0.1)
-        finally:  # with what a second Ctrl-C leaves
-            for process in children:
-                process.kill()
-    for thread in threads:
-        thread.result()  # raises what the thread has raised
+        finally:  # a second Ctrl-C: kill what is left
+            for _, work in at_work.values():
+                work.close()
     return failed, stopped[0] if stopped else None
 
 
-def finish(cell, slot, children, stopped):
-    """Run the commands that finish a cell, one after the other; what they print goes to the end of output.log in the
-    run directory. Raise BlockingIOError where another process is at work, and ValueError if a command fails or leaves
-    a result that is not the recipe's. slot: environment variables. children: a list to which the processes are added.
-    stopped: a list that is filled when they are told to stop."""
+def finish(cell, slot, stopped):
+    """Run the commands that finish a cell, one after the other: a generator that yields while one runs. What they print
+    goes to the end of output.log in the run directory. slot: environment variables. stopped: a list; once it is filled,
+    the command is told to end and no other one starts. Raise BlockingIOError where another process is at work, and
+    ValueError if a command fails or leaves a result that is not the recipe's."""
     cell.run.mkdir(parents=True, exist_ok=True)
     with open(cell.run / "output.log", "ab", buffering=0) as log:
-        try:  # flock on this descriptor, which the commands inherit: it is locked as long as one of them lives, even
-            if fcntl:  # where this process does not. filelock's is not inherited.
+        try:  # The commands inherit this lock (filelock's they would not): it lasts as long as one of them lives.
+            if fcntl:
                 fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
-            if isinstance(error, BlockingIOError):  # and not a network file system that has no locks
+            if isinstance(error, BlockingIOError):  # and not a network file system without locks
                 raise
         cell.log.parent.mkdir(parents=True, exist_ok=True)
-        for script, *flags in todo(cell):
-            if script == "train_cifar.py" and cell.after and not cell.labels.exists():
-                first = f"python reproduce.py {cell.target} --scale {cell.scale} --seeds {cell.seed} --cell 1"
-                raise ValueError(f"{cell.labels} is missing, run this first: {first}")
+        for script, *flags in commands_left(cell):
+            if stopped:
+                return
             log.write(f"$ {shlex.join(['python', script, *flags])}\n".encode())
-            with LOCK:
+            process = subprocess.Popen(  # in a group of its own, so that Ctrl-C does not reach it besides terminate()
+                [sys.executable, HERE / script, *flags], stdin=subprocess.DEVNULL, stdout=log, stderr=log,
+                env=os.environ | slot, process_group=0)
+            try:
+                while process.poll() is None and not stopped:
+                    yield
                 if stopped:
-                    return
-                process = subprocess.Popen(  # in a group of its own: Ctrl-C is not to reach it besides what run() sends
-                    [sys.executable, HERE / script, *flags], stdin=subprocess.DEVNULL, stdout=log, stderr=log,
-                    env=os.environ | slot, process_group=0)
-                children.append(process)
-            process.wait()
+                    process.terminate()
+                while process.poll() is None:  # it saves
+                    yield
+            finally:
+                process.kill()
             if stopped and process.returncode in (128 + signal.SIGTERM, -signal.SIGTERM):
                 return
             if process.returncode:
-                text = pathlib.Path(log.name).read_text(errors="replace").strip().replace("\r", "\n")
-                last = text.rpartition("\n")[-1].strip()
-                raise ValueError(f"exit status {process.returncode}, see {log.name}: {last}")
+                last = pathlib.Path(log.name).read_text(errors="replace").strip().splitlines()[-1]
+                raise ValueError(f"exit status {process.returncode}, see {log.name}: {last.strip()}")
         missing, differing = missing_and_differing(cell)
         if missing or differing:
-            raise ValueError(f"{', '.join(map(str, missing))} not written" if missing else "; ".join(differing))
+            raise ValueError("; ".join([f"{path} was not written" for path in missing] + differing))
         if (cell.run / "log.csv").exists():
             checkpoints.write_atomically(cell.log, (cell.run / "log.csv").read_bytes())
-
-
-def check_compiler(cells):
-    """Raise ValueError if a recipe compiles and torch.compile fails here, as it would in each of the trainings."""
-    if not all("--compile off" in shlex.join(cell.training()) for cell in cells):
-        try:
-            device = "cuda" if torch.cuda.is_available() else "cpu"
-            torch.compile(torch.relu)(torch.zeros(9, device=device, requires_grad=True)).sum().backward()
-        except Exception as error:  # whatever the toolchain may raise
-            raise ValueError(f"this recipe compiles, but torch.compile fails here ({type(error).__name__})") from None
 
 
 def job_slots(jobs=None):
@@ -342,12 +320,14 @@ def row_flags(row):
         if "." not in epsilon:
             epsilon += "/255"
         return f"--defense madry --spat-alpha {alpha} --epsilon {epsilon}"
-    row, _, tau = row.partition("-stop")
-    if tau:
-        return f"{row_flags(row)} --early-stop {tau}"
-    method, _, alpha = row.partition("-spat")
-    defense = {"rst": "trades", "labeller": "standard"}.get(method, method.split("-")[0])  # as of trades-300
-    return f"--defense {defense} --spat-alpha {alpha}" if alpha else f"--defense {defense}"
+    method, *parts = row.split("-")
+    flags = f"--defense {DEFENSES.get(method, method)}"
+    for part in parts:
+        if part.startswith("spat"):
+            flags += f" --spat-alpha {part.removeprefix('spat')}"
+        if part.startswith("stop"):
+            flags += f" --early-stop {part.removeprefix('stop')}"
+    return flags
 
 
 class Cell(NamedTuple):
@@ -373,7 +353,7 @@ class Cell(NamedTuple):
     recipe = property(lambda self: RECIPES[self.target, self.scale])
     run = property(lambda self: self.path("runs", self.row))
     log = property(lambda self: self.path(self.results_dir, self.row, ".log.csv"))
-    labels = property(lambda self: self.path("runs", "pseudo", ".npz"))  # of the row "labeller"
+    labels = property(lambda self: self.path("runs", "pseudo", ".npz"))  # which the row "labeller" makes
     own_flags = property(lambda self: f"{row_flags(self.row)} {self.recipe.own.get(self.row.split('-')[0], '')}")
     after = property(lambda self: self._replace(row="labeller") if "{aux}" in self.own_flags else None)  # that cell
 
@@ -387,18 +367,12 @@ class Cell(NamedTuple):
 
     def evaluations(self):
         """Return {JSON: the command that writes it}, whose third word is the model file."""
-        result = self.path(self.results_dir, self.row).as_posix()
         evaluate = {"": self.recipe.evaluate_labeller} if self.row == "labeller" else self.recipe.evaluate
-        paths = {f"{ELSEWHERE.get(result, result)}{end}.json": flags for end, flags in evaluate.items()}
-        return {pathlib.Path(path): self.command("eval_attacks.py", f"--model-path {self.run}/{flags} --json {path}")
-                for path, flags in paths.items()}
-
-    def labelling(self):
-        """Return {file of pseudo-labels: the command that writes it} of the row "labeller", else {}."""
-        if self.row != "labeller":
-            return {}
-        flags = f"--model-path {self.run}/last.pt --output {{aux}} {self.recipe.label}"
-        return {self.labels: self.command("pseudo_label.py", flags)}
+        commands = {}
+        for end, flags in evaluate.items():
+            path = self.path(self.results_dir, self.row, f"{end}.json")
+            commands[path] = self.command("eval_attacks.py", f"--model-path {self.run}/{flags} --json {path}")
+        return commands
 
 
 def cells_of(keys, seeds, data_dir="data", results_dir="results"):
@@ -414,8 +388,8 @@ def cells_of(keys, seeds, data_dir="data", results_dir="results"):
 
 
 def missing_and_differing(cell):
-    """Return ({file: the command that writes it} of what is not there whole, what in the rest differs from the recipe
-    or is of a second model, as a list of texts)."""
+    """Compare a cell's files with its recipe: return ({file: the command that writes it} for those that are missing or
+    incomplete, a list of texts that say where the others are of another recipe or of a second model)."""
     missing, differing, models = {}, [], {}  # models: {model file: (its sha256, the JSON that states it)}
     for path, command in cell.evaluations().items():
         try:
@@ -432,15 +406,16 @@ def missing_and_differing(cell):
             words.append(f"mixed, of another model than {stated_by}")
         if words:
             differing.append(f"{path}: {', '.join(words)}")
-    for path, command in cell.labelling().items():
+    if cell.row == "labeller" and not cell.labels.exists():
         rows = [cell._replace(row=row) for row in cell.recipe.rows]
-        if not path.exists() and any(missing_and_differing(row)[0] for row in rows if row.after == cell):
-            missing[path] = command
+        if any(missing_and_differing(row)[0] for row in rows if row.after == cell):  # else nothing needs the labels
+            flags = f"--model-path {cell.run}/last.pt --output {{aux}} {cell.recipe.label}"
+            missing[cell.labels] = cell.command("pseudo_label.py", flags)
     return missing, differing
 
 
 def trained_otherwise(args, cell):
-    """Return what in the arguments of a run differs from the cell's and alters the result, as a list of texts."""
+    """Return a text for each argument of a run that is not the cell's and alters the result."""
     wanted = vars(train_cifar.with_defaults(train_cifar.parse_args(cell.training()[1:])[1]))
     found = vars(train_cifar.with_defaults({"defense": wanted["defense"]})) | args  # a flag may be younger than the run
     for each in (wanted, found):
@@ -450,7 +425,7 @@ def trained_otherwise(args, cell):
 
 
 def evaluated_otherwise(result, command):
-    """Return what in a result of eval_attacks.py differs from what the command would give, as a list of texts."""
+    """Return a text for each way in which a result of eval_attacks.py is not what the command would give."""
     args, model = eval_attacks.parse_args(command[1:])[1], result["model"]
     args.epsilon = args.epsilon or data.EPSILON.get(model["dataset"], "8/255")
     test_images = 400 if model["dataset"] == "digits" else 10_000
@@ -465,34 +440,32 @@ def evaluated_otherwise(result, command):
     return words
 
 
-def todo(cell):
-    """Return the commands that finish a cell. Raise ValueError if its run directory holds a run of another recipe, or
-    none that is whole, or not the model of a result that is there."""
+def commands_left(cell):
+    """Return the commands that finish a cell. Raise ValueError if its run directory holds a run of another recipe, a
+    damaged one, or not the model of the results that are there."""
     missing, _ = missing_and_differing(cell)
-    commands = list(missing.values())
-    if not commands:
-        return []
     for path in cell.evaluations().keys() - missing.keys():
         if not has_model(cell, path):
             raise ValueError(f"{path} is of a model that is not in {cell.run}: move it away, or use --results-dir")
     if not any((cell.run / name).exists() for name in ("last.pt", "last.prev.pt")):
-        return [cell.training(), *commands]
+        return [cell.training(), *missing.values()]
     found = checkpoints.load_run(cell.run)
     if words := trained_otherwise(found["args"], cell):
         raise ValueError(f"{cell.run} is of another recipe ({', '.join(words)}): move it away")
     if len(found["rows"]) < found["args"]["epochs"]:  # and not log.csv's: it is written before last.pt
-        return [cell.training() + ["--resume"], *commands]
-    return commands
+        return [cell.training() + ["--resume"], *missing.values()]
+    return list(missing.values())
 
 
 def has_model(cell, path):
-    """Return whether the run directory of a cell has the model of which its result at path is."""
+    """Return whether a cell's run directory holds the model whose result lies at path."""
     model = cell.evaluations()[path][2]
     return os.path.exists(model) and checkpoints.sha256(model) == eval_attacks.read(path)["model"].get("sha256")
 
 
-def outcomes(cell):
-    """Return {attack: its entry} of a finished cell, of the recipe's attacks alone; those on best.pt say so."""
+def entries_of(cell):
+    """Return {attack: its entry in the JSON} of a finished cell, for the recipe's attacks and their worst case; attacks
+    on best.pt say so in their name."""
     entries = {}
     for path, command in cell.evaluations().items():
         args, result = eval_attacks.parse_args(command[1:])[1], eval_attacks.read(path)
@@ -525,13 +498,12 @@ def report(args, ran):
 
 def print_tables(key, folders):
     """Print the tables of a target at a scale, and write TARGET-SCALE.json."""
-    found, paper, shares, unfinished, differing, images = {}, {}, {}, [], {}, {}
+    found, shares, unfinished, differing, images = {}, {}, [], {}, {}  # images: {how many: their hash}
     for cell in cells_of([key], None, *folders):
-        missing, words = missing_and_differing(cell)
         if cell.row == "labeller":
             continue
-        results = [eval_attacks.read(path) for path in cell.evaluations() if not missing]
-        for result in results:
+        missing, words = missing_and_differing(cell)
+        for result in [] if missing else map(eval_attacks.read, cell.evaluations()):
             of_images = result.get("images")  # older results have no such hash
             if of_images and of_images != images.setdefault(result["n"], of_images):
                 words.append("of other images than the cells before")
@@ -540,17 +512,17 @@ def print_tables(key, folders):
         elif missing:
             unfinished.append(str(cell))
         else:
-            found.setdefault(cell.row, {})[cell.seed] = outcomes(cell)
-            if is_the_papers_task(results[0]):
-                paper[cell.row] = PAPER.get((cell.target, cell.row), {})
-            share = log_rows(cell)[-1]["share_p_y_above_1_minus_alpha"] if cell.log.exists() else ""
-            if share:
-                shares.setdefault(cell.row, []).append(float(share))
+            found.setdefault(cell.row, {})[cell.seed] = entries_of(cell)
+            share = [row["share_p_y_above_1_minus_alpha"] for row in log_rows(cell)][-1:]
+            shares.setdefault(cell.row, []).extend(float(last) for last in share if last)
     print("\n## {}, {} scale\n".format(*key))
     if found:
         found = {row: found[row] for row in RECIPES[key].rows if row in found}
+        paper = {row: values for (target, row), values in PAPER.items() if target == key[0]}
+        if key[1] in ("digits", "confident"):  # another task than the paper's
+            paper = {}
         summary = compare.summarise(found, PAIRS, paper) | {
-            "shares": {row: sum(values) / len(values) for row, values in shares.items()},
+            "shares": {row: sum(values) / len(values) for row, values in shares.items() if values},
             "unfinished": unfinished, "of_another_recipe": differing}
         path = pathlib.Path(folders[1], f"{'-'.join(key)}.json")
         checkpoints.write_atomically(path, json.dumps(summary, indent=1).encode())
@@ -559,12 +531,6 @@ def print_tables(key, folders):
         print(f"not finished: {len(unfinished)} of its cells")
     for cell, words in differing.items():
         print(f"left out: {cell}: {words}")
-
-
-def is_the_papers_task(result):
-    """Return whether a result is of one of the paper's data sets, with all its classes, at its ε (Table 4's: 0.031)."""
-    dataset = pathlib.Path(result["model"]["dataset"]).name
-    return dataset in ("cifar10", "cifar100", "cifar-100-png") and result["epsilon"] in ("8/255", "0.031")
 
 
 def listing(args, processes):
@@ -578,9 +544,9 @@ def listing(args, processes):
         rest = "unknown" if left else "nothing"
         if left and finished:
             results = [eval_attacks.read(path) for cell in finished for path in cell.evaluations()]
-            seconds = sum(float(row["seconds"]) for cell in finished for row in log_rows(cell))
-            seconds += sum(row["seconds"] for result in results for row in result["attacks"])
-            hours = seconds / len(finished) * left / processes / 3600
+            rows = [row for cell in finished for row in log_rows(cell)]
+            rows += [row for result in results for row in result["attacks"]]
+            hours = sum(float(row["seconds"]) for row in rows) / len(finished) * left / processes / 3600
             rest = f"{hours:.1f} h, {processes} at a time, as fast as the finished ones on {results[0]['device']}"
         seeds = " ".join(map(str, dict.fromkeys(cell.seed for cell in states)))
         print(f"{target:<17} {scale:<8} {len(states):>5} {len(finished):>10} {differ:>19}   {seeds}; {rest}")

@@ -444,19 +444,21 @@ def barrier():
 
 def broadcast_buffers(model):
     """Give rank 0's batch-norm statistics to all, so that every process attacks the same model."""
-    if dist.is_initialized():
-        for buffer in model.buffers():
-            dist.broadcast(buffer, 0)
+    _in_one_exchange(lambda flat: dist.broadcast(flat, 0), [b for b in model.buffers() if b.is_floating_point()])
 
 
 def average_gradients(model):
-    """Replace every gradient by its mean over the processes, in one exchange."""
-    if dist.is_initialized():
-        gradients = [p.grad for p in model.parameters()]
-        flat = torch.cat([gradient.flatten() for gradient in gradients]) / dist.get_world_size()
-        dist.all_reduce(flat)
-        for gradient, part in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
-            gradient.copy_(part.view_as(gradient))
+    """Replace every gradient by its mean over the processes."""
+    _in_one_exchange(dist.all_reduce, [p.grad for p in model.parameters()], divisor=rank_and_world()[1])
+
+
+def _in_one_exchange(communicate, tensors, divisor=1):
+    """Replace the tensors by what communicate(flat) makes of all of them, as one flat tensor, over the divisor."""
+    if dist.is_initialized() and tensors:
+        flat = torch.cat([tensor.flatten() for tensor in tensors]) / divisor
+        communicate(flat)
+        for tensor, part in zip(tensors, flat.split([tensor.numel() for tensor in tensors]), strict=True):
+            tensor.copy_(part.view_as(tensor))
 
 
 # Locks and signals. ---------------------------------------------------------------------------------------------------

@@ -108,7 +108,7 @@ def test_earlier_results_count_where_their_recipe_is_the_tables(monkeypatch):
     assert sorted(of_another) == sorted(["eps4-alpha0.6", "eps4-alpha0.8", "eps8-alpha0.8", "eps16-alpha0",
                                          "eps16-alpha0.4", "eps16-alpha0.6"])
     assert all(differing[0].endswith(": compile off, not on") for differing in of_another.values())
-    rows = reproduce.outcomes(reproduce.Cell("table3", "cpu", "trades-spat0", 1))
+    rows = reproduce.entries_of(reproduce.Cell("table3", "cpu", "trades-spat0", 1))
     assert round(100 * rows["Worst case"]["accuracy"], 2) == 28.00  # of the last epoch, and not epoch 5's 27.05
     assert rows["APGD-CE + APGD-T"]["n"] == 1000 and rows["PGD-20"]["n"] == 10_000
 
@@ -315,30 +315,17 @@ def test_a_lost_model_is_not_mixed_with_the_results_that_remain(left, two_files,
         assert ends(TABLE3) == 0 and [script for script, _ in begun()] == ["train_cifar.py", *["eval_attacks.py"] * 2]
 
 
-def test_a_cell_without_its_pseudo_labels_says_what_to_run_first(stubs, capsys):
-    cells = stubs(reproduce.cells_of([("table4", "digits")], {3}))
-    argv = ["table4", "--scale", "digits", "--seeds", "3", "--cell"]
-    assert ends([*argv, "3"]) == 1 and not pathlib.Path("calls.txt").exists()
-    assert capsys.readouterr().err.splitlines()[-1] == (
-        f"failed: {cells[2]}: runs/table4-digits/pseudo-s3.npz is missing, run this first: python reproduce.py "
-        "table4 --scale digits --seeds 3 --cell 1")
-    assert str(cells[0]) == "table4 digits labeller seed 3" and cells[1].row == "trades-300"
-    assert ends([*argv, "2"]) == 0  # which trains on the labelled images alone
-
-
-@pytest.mark.parametrize("dataset, epsilon, shown", [
-    ("cifar10", "8/255", True), ("data/cifar-100-png", "8/255", True), ("cifar10", "0.031", True),
-    ("cifar10", "4/255", False), ("cifar10-first4", "8/255", False), ("digits", "0.05", False)])
-def test_the_papers_numbers_stand_beside_its_task_alone(dataset, epsilon, shown, stubs, monkeypatch, capsys):
+@pytest.mark.parametrize("scale, shown", [
+    ("cpu", True), ("gpu", True), ("paper", True), ("digits", False), ("confident", False)])
+def test_the_papers_numbers_stand_beside_its_task_alone(scale, shown, stubs, monkeypatch, capsys):
     monkeypatch.setattr(reproduce, "evaluated_otherwise", lambda result, command: [])
-    cells = seven()
-    for path, command in cells[0].evaluations().items():
-        path.parent.mkdir(parents=True)
-        result = made_result(cells[0], command)
-        result["model"]["dataset"] = dataset
-        eval_attacks.write(path, result | {"epsilon": epsilon})
-    assert ends([*TABLE3[:3], "--report"]) == 0
-    assert ("[84.39]" in capsys.readouterr().out) == shown
+    cell = reproduce.Cell("table3", scale, "madry", 1)
+    for path, command in cell.evaluations().items():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        eval_attacks.write(path, made_result(cell, command))
+    assert ends(["table3", "--scale", scale, "--report"]) == 0
+    printed = capsys.readouterr().out
+    assert "| madry | seed 1 |" in printed and ("[84.39]" in printed) == shown
 
 
 def test_a_cell_that_another_process_has_finished_meanwhile_is_done(stubs):
@@ -362,26 +349,16 @@ def test_a_failing_cell_does_not_stop_the_others(stubs, capsys):
     assert len(begun()) == 2
 
 
-def test_a_recipe_that_compiles_ends_before_the_work_where_there_is_no_compiler(monkeypatch, tmp_path, capsys):
-    def broken(*_, **__):
-        raise RuntimeError("no compiler")
-
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(reproduce.torch, "compile", broken)
-    error = fails_in_one_line(reproduce.main, ["table3", "--scale", "cpu"], capsys)
-    assert "torch.compile fails here (RuntimeError)" in error and not list(tmp_path.iterdir())
-
-
 def test_the_worst_case_is_of_the_recipes_attacks(stubs):
     """A file that holds one attack more, under which nothing is right."""
     cell = stubs(seven()[:1])[0]
     assert ends([*TABLE3, "--cell", "1"]) == 0
     path, = cell.evaluations()
-    result, before = json.loads(path.read_text()), reproduce.outcomes(cell)
+    result, before = json.loads(path.read_text()), reproduce.entries_of(cell)
     more = result["attacks"][1] | {"name": "another", "correct_mask": "00" * 50}
     result["attacks"] = [*result["attacks"][:-1], more, eval_attacks.worst_case([*result["attacks"][:-1], more])]
     path.write_text(json.dumps(result))
-    assert reproduce.outcomes(cell) == before and before["Worst case"]["correct"] > 0
+    assert reproduce.entries_of(cell) == before and before["Worst case"]["correct"] > 0
 
 
 def test_a_changed_recipe_is_named_and_not_mixed_in(stubs, monkeypatch, capsys):
@@ -417,7 +394,7 @@ def test_trainings_that_targets_share_run_once_and_labels_come_first(stubs):
     assert cells[0].run == next(cell for cell in cells if (cell.target, cell.row) == ("figure4", "madry")).run
     waiting = [cell for cell in cells if cell.after == labeller]
     assert {cell.target for cell in waiting} == {"table4"} and labeller.after is None
-    assert str(next(iter(labeller.labelling()))) in shlex.join(waiting[1].training())
+    assert str(labeller.labels) in shlex.join(waiting[1].training())
 
 
 def start(argv, prepare, **where):
@@ -496,7 +473,8 @@ def test_a_signal_ends_the_children_and_the_next_run_resumes(flags, number, code
         with open(cell.run / "output.log", "ab") as file:  # nobody holds it
             reproduce.fcntl.flock(file, reproduce.fcntl.LOCK_EX | reproduce.fcntl.LOCK_NB)
     if not flags:
-        assert reproduce.todo(cells[0]) == [cells[0].training() + ["--resume"], *cells[0].evaluations().values()]
+        expected = [cells[0].training() + ["--resume"], *cells[0].evaluations().values()]
+        assert reproduce.commands_left(cells[0]) == expected
 
 
 @pytest.mark.parametrize("argv, words", [
@@ -520,7 +498,7 @@ def test_holm_by_hand():
 def test_an_attack_on_few_images_is_estimated_for_all(monkeypatch, tmp_path):
     """Of results/: Madry + SPAT's difference on the first 256 and 1,000 images, and on all by the worst case."""
     monkeypatch.chdir(ROOT)
-    found = {row: {1: reproduce.outcomes(reproduce.Cell("table3", "cpu", row, 1))}
+    found = {row: {1: reproduce.entries_of(reproduce.Cell("table3", "cpu", row, 1))}
              for row in ("madry", "madry-spat0.2")}
     of = {c["attack"]: c for c in compare.summarise(found, [("madry", "madry-spat0.2")], {})["comparisons"]}
     assert of["PGD-20"]["all_images"] is None and of["Worst case"]["all_images"] is None
