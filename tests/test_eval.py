@@ -299,14 +299,14 @@ def test_saved_examples(model_path, tmp_path, flags):
 
 
 def test_ctrl_c_keeps_what_is_finished(model_path, tmp_path, monkeypatch, capsys):
-    real = eval_attacks.run_attack
+    real = eval_attacks.make_attack
 
-    def interrupted(attack, *rest):
-        if attack.params.get("objective") == "cw":
+    def interrupted(forward, params):
+        if params["objective"] == "cw":
             raise KeyboardInterrupt
-        return real(attack, *rest)
+        return real(forward, params)
 
-    monkeypatch.setattr(eval_attacks, "run_attack", interrupted)
+    monkeypatch.setattr(eval_attacks, "make_attack", interrupted)
     with pytest.raises(SystemExit) as exit_info:
         eval_attacks.main(["--model-path", str(model_path), *SMALL, "--json", str(tmp_path / "r.json")])
     assert exit_info.value.code == 130
