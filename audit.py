@@ -159,11 +159,9 @@ class Source:
 
 def check_gradients(source):
     """Check that input gradients are finite and not zero: else a sign attack has nothing to follow."""
-    bad = []
-    for x, y in source.batches:
-        gradient = attacks.input_gradient(source.model, x, y, losses.cross_entropy).flatten(1)
-        bad.append((gradient == 0).all(1) | ~gradient.isfinite().all(1))
-    bad = torch.cat(bad)
+    gradients = torch.cat([attacks.input_gradient(source.model, x, y, losses.cross_entropy).flatten(1)
+                           for x, y in source.batches])
+    bad = (gradients == 0).all(1) | ~gradients.isfinite().all(1)
     return {"zero or non-finite": bad}, share(bad) <= TOLERANCE
 
 

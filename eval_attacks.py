@@ -141,7 +141,7 @@ class Evaluation:
         entries, done, start, after = self.result["attacks"], self.bar.n, time.perf_counter(), {}
         self.bar.set_description(row.name)
         chosen = self.right() if "pool" in row.params else torch.ones_like(self.test.labels, dtype=torch.bool)
-        for component in self.attacked(chosen, row.params, forward):  # hours each: an entry, if the next is stopped
+        for component in self.attacked(chosen, row.params, forward):  # took hours: an entry, if the next is stopped
             entry = outcome(*with_components(row, [*after, component]), self.right(), time.perf_counter() - start)
             after[component] = entry["accuracy"]
             self.result["attacks"] = [*entries, entry | {"after": dict(after)}]
@@ -517,36 +517,37 @@ def command(script, argv):
     return shlex.join(["python", script, *(sys.argv[1:] if argv is None else argv)])
 
 
-def outcome(name, params, correct_mask, seconds=0.0):
-    """Return one attack's entry in the JSON, from which images are still classified correctly, (n,) bool."""
+def outcome(name, params, right, seconds=0.0):
+    """Return the entry in the JSON of a row that leaves these images right, (n,) bool."""
     from scipy.stats import binomtest  # here, as its import takes a second
 
-    n, correct = len(correct_mask), int(correct_mask.sum())
+    n, correct = len(right), int(right.sum())
     interval = binomtest(correct, n).proportion_ci(0.95, "wilson")
     return {"name": name, "params": params, "n": n, "correct": correct, "accuracy": correct / n,
             "interval": (float(interval.low), float(interval.high)), "seconds": round(seconds, 2),
-            "correct_mask": np.packbits(correct_mask.cpu().numpy()).tobytes().hex()}
+            "correct_mask": np.packbits(right.cpu().numpy()).tobytes().hex()}
 
 
-def correct_mask(row):
-    """Return the outcome per image, (n,) bool, of an attack's entry in the JSON."""
-    bits = np.frombuffer(bytes.fromhex(row["correct_mask"]), np.uint8)
-    return np.unpackbits(bits)[: row["n"]].astype(bool)
+def correct_mask(entry):
+    """Return which images are right, (n,) bool, by an entry in the JSON."""
+    bits = np.frombuffer(bytes.fromhex(entry["correct_mask"]), np.uint8)
+    return np.unpackbits(bits)[: entry["n"]].astype(bool)
 
 
-def settings(row):
-    """Return the parameters of an attack's entry, with radius and step as numbers: 8/255 and 16/510 are equal."""
-    return {key: Fraction(value) if key in ("epsilon", "step_size") else value for key, value in row["params"].items()}
+def settings(entry):
+    """Return the parameters of an entry, with radius and step as numbers: 8/255 and 16/510 are equal."""
+    return {key: Fraction(value) if key in ("epsilon", "step_size") else value
+            for key, value in entry["params"].items()}
 
 
-def worst_case(rows):
-    """Return the entry in the JSON of the images that are right in every one of these entries."""
-    masks = [correct_mask(row) for row in rows]
-    return outcome("Worst case", {"of": [row["name"] for row in rows]}, torch.from_numpy(np.logical_and.reduce(masks)))
+def worst_case(entries):
+    """Return the entry of the images that are right in every one of these entries."""
+    right = torch.from_numpy(np.logical_and.reduce([correct_mask(entry) for entry in entries]))
+    return outcome("Worst case", {"of": [entry["name"] for entry in entries]}, right)
 
 
 def spat_shares(natural, attacked, y, alpha=None):
-    """Return the shares of losses.spat_counts, for an attack's entry; the first for PGD-LS only. Logits are (n, K)."""
+    """Return the shares of losses.spat_counts for an entry, that of confident images for PGD-LS only; logits (n, K)."""
     confident, easier = (losses.spat_counts(natural, attacked, y, alpha or 0.0).double() / len(y)).tolist()
     if alpha is None:
         return {"share_made_easier": easier}
@@ -565,7 +566,7 @@ def table(result):
                  f"seed {model['seed']}"]
     if model.get("weights"):
         head.append(f"its {model['weights']}")
-    exact = [row["name"] for row in result["attacks"] if "after" in row or "precision" in row["params"]]
+    exact = [entry["name"] for entry in result["attacks"] if "after" in entry or "precision" in entry["params"]]
     if result.get("tf32") and result["precision"] == "fp32":
         crafted += " (TF32 in convolutions)"
     elif exact and result["precision"] != "fp32":
@@ -574,11 +575,11 @@ def table(result):
         crafted += "; INCOMPLETE, it was stopped"
     lines = [", ".join(head), *model.get("notes", []), f"the first {result['n']} test images; {crafted}", "",
              f"{'attack':<16} {'correct':>13} {'accuracy':>9}   95 % interval   {'seconds':>7}"]
-    for row in result["attacks"]:
-        low, high = row["interval"]
-        lines.append(f"{row['name']:<16} {row['correct']:>6}/{row['n']:<6} {row['accuracy']:>8.2%}   "
-                     f"{100 * low:5.2f} - {100 * high:5.2f}   {row['seconds']:>7.0f}")
-        for component, share in row.get("after", {}).items():
+    for entry in result["attacks"]:
+        low, high = entry["interval"]
+        lines.append(f"{entry['name']:<16} {entry['correct']:>6}/{entry['n']:<6} {entry['accuracy']:>8.2%}   "
+                     f"{100 * low:5.2f} - {100 * high:5.2f}   {entry['seconds']:>7.0f}")
+        for component, share in entry.get("after", {}).items():
             lines.append(f"  after {component:<10} {'':>13} {share:>8.2%}")
     return "\n".join(lines)
 
@@ -593,7 +594,7 @@ def read(path):
     """Return a result of eval_attacks.py. Raises ValueError if the file is not one."""
     try:
         result = json.loads(pathlib.Path(path).read_text(encoding="utf-8"))
-        masks = [(row["name"], settings(row), correct_mask(row))[2] for row in result["attacks"]]
+        masks = [(entry["name"], settings(entry), correct_mask(entry))[2] for entry in result["attacks"]]
         if all(len(mask) == result["n"] for mask in masks) and result["model"]["dataset"]:
             return result
     except (OSError, ValueError, KeyError, TypeError, AttributeError, ArithmeticError) as error:

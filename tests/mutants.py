@@ -155,7 +155,7 @@ MUTANTS = {  # name: (snippet, replacement, *the tests that must fail)
         "test_train.py::test_it_saves_every_so_many_minutes"),
     # the evaluation
     "the worst case takes any attack that leaves an image right": (
-        "np.logical_and.reduce(masks)", "np.logical_or.reduce(masks)",
+        "np.logical_and.reduce(", "np.logical_or.reduce(",
         "test_eval.py::test_accuracies_equal_a_loop_written_out"),
     "the evaluation takes training images": (
         "data.load(dataset, args.data_dir, train=False)", "data.load(dataset, args.data_dir)",
@@ -210,7 +210,7 @@ MUTANTS = {  # name: (snippet, replacement, *the tests that must fail)
         "proportion_ci(0.95)",
         "test_eval.py::test_the_table_names_the_training"),
     "the mask's bits run the other way": (
-        "np.packbits(correct_mask.cpu().numpy())", 'np.packbits(correct_mask.cpu().numpy(), bitorder="little")',
+        "np.packbits(right.cpu().numpy())", 'np.packbits(right.cpu().numpy(), bitorder="little")',
         "test_compare.py::test_the_masks_survive_the_json"),
     # comparisons
     "McNemar's tail leaves out what was seen": (
