@@ -9,6 +9,7 @@ Both look for gradient masking: the ways in which an accuracy under PGD can be h
 
 import functools
 import itertools
+import math
 import sys
 from fractions import Fraction
 
@@ -57,17 +58,17 @@ def main(argv=None):
     except (ValueError, ArithmeticError, *runtime.FAULTS) as error:
         parser.error(error)
     test = test.subset(slice(args.num_images or 256))
+    result = eval_attacks.new_result(parser.prog, argv, args, info, dataset, test, device)
+    result |= {"seed": args.seed, "checks": []}
+    passes = sum(STEPS) + 60 * RESTARTS
+    if oracle:
+        result["oracle"] = eval_attacks.describe(oracle_info, dataset)
+        passes += 200 * len(args.alphas)
     try:
         model, test = model.to(device), test.to(device)
         x = data.to_float(test.images[:args.batch_size])
-        passes = sum(STEPS) + 60 * RESTARTS
-        if oracle:
-            passes += 200 * len(args.alphas)
-        forward = runtime.forward_pass(args, model, x, -(-passes * len(test.labels) // len(x)), evaluates=True)
-        result = eval_attacks.new_result(parser.prog, argv, args, info, dataset, test, device)
-        result |= {"seed": args.seed, "checks": []}
-        if oracle:
-            result["oracle"] = eval_attacks.describe(oracle_info, dataset)
+        forward = runtime.forward_pass(args, model, x, math.ceil(passes * len(test.labels) / len(x)), evaluates=True)
+        result["precision"] = args.precision
         audit(Source(model, forward, test, args), oracle, result)
     except KeyboardInterrupt:  # what is finished stands in the JSON, marked as incomplete
         sys.exit(130)
@@ -115,11 +116,11 @@ def verdict(checks):
     at_epsilon = [check["numbers"] for check in checks if check["name"] not in ("gradients", "radius")]
     lowest = min(accuracy for numbers in at_epsilon for accuracy in numbers.values())
     flagged = [f"{check['name']}: {CHECKS[check['name']][2]}" for check in checks if not check["fine"]]
-    last = (f"Nothing here points to gradient masking. The lowest accuracy found is {lowest:.1%}: an upper bound, as "
-            "every attack gives.")
     if flagged:
-        last = f"An accuracy under PGD alone is not to be trusted here; the lowest found is {lowest:.1%}, if not lower."
-    return [*flagged, last]
+        return [*flagged, "An accuracy under PGD alone is not to be trusted here; the lowest found is "
+                          f"{lowest:.1%}, if not lower."]
+    return [f"Nothing here points to gradient masking. The lowest accuracy found is {lowest:.1%}: an upper bound, as "
+            "every attack gives."]
 
 
 class Source:
@@ -147,7 +148,7 @@ class Source:
 
     def right_after_pgd(self, objective="ce", epsilon=None, num_steps=20, restart=0):
         """Return self.right(self.pgd(...)), which runs once, although several checks ask for it."""
-        key = objective, epsilon or self.args.epsilon, num_steps, restart
+        key = objective, epsilon, num_steps, restart
         if key not in self.found:
             self.found[key] = self.right(self.pgd(*key))
         return self.found[key]
@@ -158,11 +159,9 @@ class Source:
 
 def check_gradients(source):
     """Check that input gradients are finite and not zero: else a sign attack has nothing to follow."""
-    bad = []
-    for x, y in source.batches:
-        gradient = attacks.input_gradient(source.model, x, y, losses.cross_entropy).flatten(1)
-        bad.append((gradient == 0).all(1) | ~gradient.isfinite().all(1))
-    bad = torch.cat(bad)
+    gradients = torch.cat([attacks.input_gradient(source.model, x, y, losses.cross_entropy).flatten(1)
+                           for x, y in source.batches])
+    bad = (gradients == 0).all(1) | ~gradients.isfinite().all(1)
     return {"zero or non-finite": bad}, share(bad) <= TOLERANCE
 
 
@@ -212,14 +211,13 @@ def check_square(source):
 
 def check_autoattack(source):
     """Check that stronger attacks do not lower the accuracy under PGD-20 much."""
-    name, components = "APGD-CE + APGD-T", ["apgd-ce", "apgd-t"]
-    if source.args.autoattack:
-        name, components = "AutoAttack", list(attacks.COMPONENTS)
+    components = list(attacks.COMPONENTS) if source.args.autoattack else eval_attacks.APGD
     model, x, y = attacks.for_autoattack(source.model), data.to_float(source.test.images), source.test.labels
     x_adv = attacks.autoattack(model, x, y, epsilon=source.epsilon, batch_size=source.args.batch_size,
                                seed=source.args.seed, components=components)
-    masks = {"PGD-20": source.right_after_pgd(), name: source.right(lambda x, y, indices: x_adv[indices])}
-    return masks, share(masks["PGD-20"]) - share(masks[name]) <= WIDE_GAP
+    pgd, stronger = source.right_after_pgd(), source.right(lambda x, y, indices: x_adv[indices])
+    masks = {"PGD-20": pgd, eval_attacks.components_name(components): stronger}
+    return masks, share(pgd) - share(stronger) <= WIDE_GAP
 
 
 CHECKS = {  # name: (the check, what its numbers are, what it means where it speaks up)
@@ -286,14 +284,14 @@ def judged(source, oracle, name, attack, epsilon=None):
 def matched_radius(source, accuracy, halvings=8):
     """Return the smallest radius below ε, by bisection, at which PGD-20 on CE leaves at most this accuracy, and True;
     or ε and False, where no radius below ε does."""
-    low, high, found = Fraction(0), Fraction(source.args.epsilon), False
+    low, high = Fraction(0), Fraction(source.args.epsilon)
     for _ in range(halvings):
         middle = (low + high) / 2
         if share(source.right_after_pgd(epsilon=str(middle))) <= accuracy:
-            high, found = middle, True
+            high = middle
         else:
             low = middle
-    return high, found
+    return high, high < Fraction(source.args.epsilon)
 
 
 def in_one_line(row):

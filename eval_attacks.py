@@ -10,13 +10,12 @@ The attacks may craft in bf16; the accuracy is always counted in float32 on the 
 import contextlib
 import functools
 import json
+import math
 import pathlib
 import platform
 import shlex
-import shutil
 import sys
 import time
-import zipfile
 from fractions import Fraction
 from typing import NamedTuple
 
@@ -33,6 +32,7 @@ import models
 import runtime
 
 ATTACKS = ("natural", "fgsm", "pgd", "cw", "pgd-kl", "pgd-ls", "apgd", "autoattack")
+APGD = ["apgd-ce", "apgd-t"]  # the first half of AutoAttack
 PROTOCOLS = {  # flags that stand for a published evaluation; a typed one wins
     "paper": {},
     "rst": dict(attacks=["natural", "pgd"], epsilon="0.031", step_size="0.003", num_steps=20),
@@ -44,8 +44,71 @@ USUAL_NORMALISATIONS = (  # CIFAR-10's two, CIFAR-100's, to [-1, 1], ImageNet's
     "0.5071,0.4865,0.4409 0.2673,0.2564,0.2762", "0.5,0.5,0.5 0.5,0.5,0.5", "0.485,0.456,0.406 0.229,0.224,0.225")
 
 
-class Attack(NamedTuple):
-    """A row of the table: its name, and its parameters as they go into the JSON; {} for the natural images."""
+def main(argv=None):
+    parser, args = parse_args(argv)
+    with contextlib.ExitStack() as stack:
+        try:
+            device, rank, _ = stack.enter_context(runtime.join_job(args.device))
+            model, info, test, dataset = load(args)
+            if {"apgd", "autoattack"} & set(args.attacks):
+                attacks.check_autoattack(info["num_classes"])
+            say_notes(model, info, device, test.images, test.labels)
+        except (ValueError, ArithmeticError, *runtime.FAULTS) as error:
+            parser.error(error)
+        test = test.subset(slice(args.num_images))
+        result = new_result(parser.prog, argv, args, info, dataset, test, device) | {"attacks": []}
+        try:
+            evaluate(model, test, args, result, device)
+        except KeyboardInterrupt:
+            sys.exit(130)
+        except (FloatingPointError, *runtime.FAULTS) as error:
+            sys.exit(f"{parser.prog}: {error}")
+        finally:  # what is known, however it ends
+            if rank == 0 and result["attacks"]:
+                print(table(result))
+        return result
+
+
+def evaluate(model, test, args, result, device):
+    """Run the rows of the table on the test images, and append the entry of each to result["attacks"]."""
+    rows, model, test = attack_list(args), model.to(device), test.to(device)
+    with models.frozen(model):
+        forward, exact = crafting_passes(args, model, test, rows)
+        result.update(precision=args.precision, tf32=device.type == "cuda", compile=args.compile)
+        evaluation = Evaluation(model, test, args, result, rows)
+        with evaluation.bar:
+            for row in rows:
+                evaluation.run(row, exact if "precision" in row.params else forward)
+    if sum(bool(row.params) for row in rows) > 1 and not args.epsilons:
+        result["attacks"].append(worst_case(result["attacks"]))
+    result["complete"] = True
+    write(args.json, result)
+
+
+def crafting_passes(args, model, test, rows):
+    """Return two callables x -> logits that craft: in args.precision, and in float32."""
+    n, (_, world) = len(test.labels), runtime.rank_and_world()
+    size = args.batch_size if test.images.is_cuda else min(args.batch_size, math.ceil(n / world))  # as attacked_logits
+    indices = torch.arange(size) % n
+    x, y = data.to_float(test.images[indices]), test.labels[indices]
+
+    def rehearsal(forward):  # before the JSON says "graphs": a step that cannot be recorded would run without
+        runtime.attack_pass(model, forward, x)
+        for row in rows:
+            if "objective" in row.params and "precision" not in row.params:
+                make_attack(forward, row.params | {"num_steps": 1})(x, y, indices)
+
+    passes = sum(row.passes for row in rows if "components" not in row.params) * n / size / world
+    with runtime.tf32_convolutions(True):
+        forward = runtime.forward_pass(args, model, x, passes, rehearsal, evaluates=True)
+    if args.precision == "fp32" and not x.is_cuda:  # and so has no TF32
+        return forward, forward
+    return forward, runtime.fast_pass(model, runtime.plain_pass(model), x, args.compile)
+
+
+class Row(NamedTuple):
+    """A row of the table before it is run: its name, and its parameters as they go into the JSON, where it becomes an
+    entry of "attacks"; {} for the natural images."""
 
     name: str
     params: dict
@@ -54,187 +117,131 @@ class Attack(NamedTuple):
     def passes(self):
         """At most how many forward passes it takes an image."""
         if "components" in self.params:
-            return 1 + sum(attacks.COMPONENTS[name] for name in self.params["components"])
+            return sum(attacks.COMPONENTS[name] + 2 for name in self.params["components"])
         return (1 + self.params.get("num_steps", 0)) * self.params.get("restarts", 1)
 
 
-def evaluate(model, test, args, result, device):
-    """Run the attacks of args on the test images, and append their outcomes to result["attacks"]."""
-    todo, model, test = attack_list(args), model.to(device), test.to(device)
-    forward, forward_fp32 = crafting_passes(args, model, test, todo)
-    result.update(precision=args.precision, tf32=device.type == "cuda", compile=args.compile)
-    images = AttackedImages(model, test, args)
-    rank, world = runtime.rank_and_world()
-    images_each, passes_done, natural = -(-len(test.labels) // world), 0, None
-    bar = tqdm(total=sum(attack.passes for attack in todo) * images_each, unit="pass", unit_scale=True,
-               dynamic_ncols=True, disable=rank > 0)
-    with models.frozen(model), bar:
-        for attack in todo:
-            start, finished = time.perf_counter(), {}  # the latter: of AutoAttack {component: who stands after it}
-            bar.set_description(attack.name)
-            chosen = images.right() if args.pool else torch.ones_like(test.labels, dtype=torch.bool)
-            craft_by = forward_fp32 if "precision" in attack.params else forward
-            try:
-                if chosen.any():
-                    run_attack(attack, craft_by, images, chosen, bar, finished)
-            except BaseException:  # Ctrl-C, say: the components that are finished, which take hours, are a row
-                if finished and world == 1:
-                    params = attack.params | {"components": list(finished)}
-                    name = named(" + ".join(finished).upper(), params, args)
-                    row = outcome(name, params, finished[params["components"][-1]], time.perf_counter() - start)
-                    result["attacks"].append(row | shares_after(finished))
-                    save(args, result)
-                raise
-            row = outcome(attack.name, attack.params, images.right(), time.perf_counter() - start)
-            row |= shares_after(finished)
-            if not attack.params:
-                natural = images.logits
-            elif natural is not None and not args.pool:
-                row |= spat_shares(natural, images.logits, test.labels, attack.params.get("alpha"))
-            result["attacks"].append(row)
-            passes_done += attack.passes * images_each
-            bar.update(passes_done - bar.n)  # what was skipped, as images fell before
-            bar.set_postfix_str(f"{attack.name} {row['accuracy']:.1%}, {row['n'] / max(row['seconds'], .01):.0f} img/s")
-            if not attack.params and row["accuracy"] <= 1 / len(test.classes) + 0.05 and rank == 0:
-                bar.write(f"warning: {row['accuracy']:.1%} natural accuracy is near chance: probably wrong "
-                          "preprocessing (--normalize), or the labels are in another order", file=sys.stderr)
-            save(args, result, images)
-    if sum(bool(attack.params) for attack in todo) > 1 and not args.epsilons:
-        result["attacks"].append(worst_case(result["attacks"]))
-    result["complete"] = True
-    save(args, result)
+class Evaluation:
+    """The test images as the rows leave them: the logits of each one's latest version and, with --save-images, that
+    version. The model scores, in float32 and frozen."""
 
-
-def crafting_passes(args, model, test, todo):
-    """Return two callables x -> logits that craft: in args.precision, and in float32."""
-    n, world = len(test.labels), runtime.rank_and_world()[1]
-    size = args.batch_size if test.images.is_cuda else min(args.batch_size, -(-n // world))  # as in attacked_logits
-    x = data.to_float(test.images[torch.arange(size) % n])
-    passes = sum(attack.passes for attack in todo if "components" not in attack.params)
-    with runtime.tf32_convolutions(True):
-        forward = runtime.forward_pass(args, model, x, passes * n / len(x) / world, evaluates=True)
-    if (x.is_cuda or args.precision != "fp32") and any("precision" in attack.params for attack in todo):
-        return forward, runtime.fast_pass(model, runtime.plain_pass(model), x, args.compile)
-    return forward, forward
-
-
-def run_attack(attack, forward, images, chosen, bar, finished):
-    """Attack the images of the mask `chosen` for one row, by the callable `forward`. Each restart attacks only what the
-    restarts before it left correct. finished: see official_attack."""
-    if "components" in attack.params:
-        crafting = runtime.tf32_convolutions("tf32" in attack.params)
-    else:
-        crafting = runtime.tf32_convolutions("precision" not in attack.params)
-    if not attack.params:
-        images.attack(None, chosen, bar.update)
-    elif "components" in attack.params:
-        x_adv = crafting(official_attack)(images.model, images.test, chosen, attack.params, bar, finished)
-        images.attack(lambda x, y, indices: x_adv[indices], chosen, bar.update)
-    else:
-        craft, passes = crafting(make_attack(forward, attack.params)), 1 + attack.params["num_steps"]
-        for restart in range(attack.params.get("restarts", 1)):
-            images.attack(functools.partial(craft, restart=restart), chosen, lambda n: bar.update(n * passes))
-            chosen = chosen & images.right()
-
-
-def pgd_params(epsilon, **others):
-    """Return the parameters of PGD-20 as they go into the JSON, with these others besides or instead."""
-    return dict(objective="ce", epsilon=epsilon, step_size=str(Fraction(epsilon) / 10), num_steps=20,
-                random_start="uniform", seed=0) | others
-
-
-def make_attack(forward, params):
-    """Return the function (x, y, indices, restart=0) -> x_adv for parameters as in the JSON."""
-    epsilon, step_size = float(Fraction(params["epsilon"])), float(Fraction(params["step_size"]))
-    objective = {
-        "ce": losses.cross_entropy,
-        "kl": losses.kl_divergence,
-        "lsce": functools.partial(losses.lsce, alpha=params.get("alpha", 0.0)),
-        "cw": functools.partial(losses.cw_margin, kappa=params.get("kappa", 50.0)),
-    }[params["objective"]]
-
-    def attack(x, y, indices, restart=0):
-        start = attacks.start_per_image(params["random_start"], x, epsilon, indices, params.get("seed", 0), restart)
-        target = attacks.probabilities(forward, x) if params["objective"] == "kl" else y
-
-        def iterate(model):
-            return attacks.pgd(model, x, target, objective, epsilon=epsilon, random_start=start, step_size=step_size,
-                               num_steps=params["num_steps"])
-
-        if params.get("any_step"):
-            return attacks.worst_iterate(iterate, forward, functools.partial(losses.margin, y=y))
-        return iterate(forward)
-
-    return attack
-
-
-def official_attack(model, test, chosen, params, bar, finished):
-    """Run pyautoattack, in float32, on the images of the mask `chosen`, and return all images as it leaves them. The
-    dict `finished` receives, under the name of each component, which images stand after it, (N,) bool."""
-    (rank, world), x_adv = runtime.rank_and_world(), data.to_float(test.images)
-    mine = chosen.nonzero()[:, 0][rank::world]
-
-    def logits(x):
-        bar.update(len(x))
-        return attacks.for_autoattack(model)(x)
-
-    def note(component, robust):
-        finished[component] = torch.zeros_like(chosen).index_copy(0, mine, robust)
-        bar.set_postfix_str(f"{robust.float().mean():.1%} stand after {component}")
-
-    x_adv[mine] = attacks.autoattack(
-        logits, x_adv[mine], test.labels[mine], epsilon=float(Fraction(params["epsilon"])), seed=params["seed"],
-        batch_size=params["batch_size"], components=params["components"], on_component=note)
-    return x_adv
-
-
-class AttackedImages:
-    """The test images as the attacks leave them: of each the logits of its latest version and, with --save-images, that
-    version. model scores, in float32 and frozen."""
-
-    def __init__(self, model, test, args):
-        self.model, self.test, self.batch_size, self.compiled = model, test, args.batch_size, args.compile != "off"
-        self.logits = F.one_hot(test.labels, len(test.classes)).float()  # right, before the first attack
+    def __init__(self, model, test, args, result, rows):
+        self.model, self.test, self.args, self.result = model, test, args, result
+        self.rank, self.world = runtime.rank_and_world()
+        self.logits = F.one_hot(test.labels, len(test.classes)).float()  # all are right before the first row
+        self.natural = None  # the logits of the natural images
         self.x_adv = data.to_float(test.images) if args.save_images else None
+        self.arrays = {"labels": test.labels.cpu().numpy()}  # for --save-examples
+        self.images_each = math.ceil(len(test.labels) / self.world)
+        self.bar = tqdm(total=sum(row.passes for row in rows) * self.images_each, unit="pass", unit_scale=True,
+                        dynamic_ncols=True, disable=self.rank > 0)
 
-    def attack(self, attack, chosen, progress):
-        """Attack the images of the mask `chosen`, from their natural version; for attack see attacked_logits."""
-        positions, batch_size = chosen.nonzero()[:, 0], self.batch_size
-        if len(positions) == 0:
+    def run(self, row, forward):
+        """Run a row, which crafts by the callable `forward`; append its entry to the result and save it."""
+        entries, done, start, after = self.result["attacks"], self.bar.n, time.perf_counter(), {}
+        self.bar.set_description(row.name)
+        chosen = self.right() if "pool" in row.params else torch.ones_like(self.test.labels, dtype=torch.bool)
+        for component in self.attacked(chosen, row.params, forward):  # took hours: an entry, if the next is stopped
+            entry = outcome(*with_components(row, [*after, component]), self.right(), time.perf_counter() - start)
+            after[component] = entry["accuracy"]
+            self.result["attacks"] = [*entries, entry | {"after": dict(after)}]
+            write(self.args.json, self.result)
+            self.bar.set_postfix_str(f"{entry['accuracy']:.1%} stand after {component}")
+        entry = outcome(*row, self.right(), time.perf_counter() - start)
+        if after:
+            entry["after"] = after
+        if not row.params:
+            self.natural = self.logits
+            if entry["accuracy"] <= 1 / len(self.test.classes) + 0.05 and self.rank == 0:
+                self.bar.write(f"warning: {entry['accuracy']:.1%} natural accuracy is near chance: probably wrong "
+                               "preprocessing (--normalize), or the labels are in another order", file=sys.stderr)
+        elif self.natural is not None and "pool" not in row.params:
+            entry |= spat_shares(self.natural, self.logits, self.test.labels, row.params.get("alpha"))
+        self.bar.update(done + row.passes * self.images_each - self.bar.n)  # what was skipped
+        self.bar.set_postfix_str(f"{entry['accuracy']:.1%}, {entry['n'] / max(entry['seconds'], .01):.0f} img/s")
+        self.result["attacks"] = [*entries, entry]
+        write(self.args.json, self.result)
+        self.save_examples(row.name)
+
+    def attacked(self, chosen, params, forward):
+        """Attack the images of the mask `chosen`, (N,) bool: a restart, or a component of AutoAttack, only those that
+        the ones before it left correct. Yield the name of each component that is finished."""
+        if not params:
+            self.score(None, chosen)
+        elif "components" in params:
+            for component in params["components"] if chosen.any() else []:
+                with runtime.tf32_convolutions("tf32" in params):
+                    attack = self.autoattack(component, chosen, params)
+                self.score(attack, chosen)
+                chosen = chosen & self.right()
+                yield component
+        else:
+            attack = runtime.tf32_convolutions("precision" not in params)(make_attack(forward, params))
+            for restart in range(params.get("restarts", 1)):
+                self.score(functools.partial(attack, restart=restart), chosen, passes=1 + params["num_steps"])
+                chosen = chosen & self.right()
+
+    def autoattack(self, component, chosen, params):
+        """Run a component, in float32, on this process's part of the chosen images, and return it as an attack."""
+        scored, x_adv = attacks.for_autoattack(self.model), data.to_float(self.test.images)
+        mine = chosen.nonzero()[:, 0][self.rank::self.world]
+
+        def logits(x):
+            self.bar.update(len(x))
+            return scored(x)
+
+        if len(mine):
+            x_adv[mine] = attacks.autoattack(
+                logits, x_adv[mine], self.test.labels[mine], epsilon=float(Fraction(params["epsilon"])),
+                seed=params["seed"], batch_size=params["batch_size"], components=[component])
+        return lambda x, y, indices: x_adv[indices]
+
+    def score(self, attack, chosen, passes=1):
+        """Score the chosen images after an attack, of so many passes, on their natural version: see attacked_logits."""
+        only, batch_size = chosen.nonzero()[:, 0], self.args.batch_size
+        if len(only) == 0:
             return
-        if not self.compiled and not self.test.images.is_cuda:  # no batch need be larger than what there is
-            batch_size = min(batch_size, -(-len(positions) // runtime.rank_and_world()[1]))
-        found = None if self.x_adv is None else torch.zeros_like(self.x_adv)
-        logits = attacked_logits(self.model, self.test.images, self.test.labels, attack, batch_size, progress,
-                                 positions, found)
+        if self.args.compile == "off" and not only.is_cuda:  # no batch need be larger than what there is
+            batch_size = min(batch_size, math.ceil(len(only) / self.world))
+        examples = None if self.x_adv is None else torch.zeros_like(self.x_adv)
+        logits = attacked_logits(self.model, self.test.images, self.test.labels, attack, batch_size,
+                                 lambda n: self.bar.update(n * passes), only, examples)
         self.logits = torch.where(chosen[:, None], logits, self.logits)
-        if found is not None:
-            self.x_adv[chosen] = found[chosen]
+        if examples is not None:
+            self.x_adv[chosen] = examples[chosen]
 
     def right(self):
-        """Return (N,) bool: which are classified correctly; all before the first attack."""
         return self.logits.argmax(1) == self.test.labels
+
+    def save_examples(self, name):
+        """Write the file of --save-examples anew, now with what the row of this name found."""
+        if self.args.save_examples and self.rank == 0:
+            self.arrays[f"predictions/{name}"] = self.logits.argmax(1).cpu().numpy()
+            self.arrays[f"margins/{name}"] = losses.margin(self.logits, self.test.labels).cpu().numpy()
+            if self.x_adv is not None:
+                self.arrays[f"images/{name}"] = np.array(self.x_adv.cpu())  # a copy
+            checkpoints.write_atomically(self.args.save_examples,
+                                         lambda file: np.savez_compressed(file, **self.arrays))
 
 
 def attacked_logits(model, images, labels, attack=None, batch_size=256, progress=lambda n: None, only=None,
                     examples=None):
     """Return the model's float32 logits (N, K) for attacked images: what every accuracy is counted from.
 
-    images: (N, C, H, W) uint8, labels: (N,), both on one device. attack(x, y, indices) -> x_adv, indices being the
-    images' positions, on the CPU; None for the natural images, which need no labels. model scores the final images:
-    give it in float32 and frozen, whatever crafts inside `attack`. only: the positions to attack (default: all), at
-    least one; the rows of the others are zero. Several processes share the work, and each returns the whole.
-    progress(n) is called after every n images; examples, zeros like the images in float32, receives the attacked ones.
-    Raise FloatingPointError where logits are not finite.
+    model: in float32 and frozen, whatever crafts inside the attack. images: (N, C, H, W) uint8, labels: (N,), both on
+    one device. attack(x, y, indices) -> x_adv, the indices on the CPU; None: the natural images, which need no labels.
+    only: the indices to attack, at least one (default: all); the rows of the others are zero. progress(n) is called
+    after every n images. examples, zeros like the images in float32, receives the attacked ones. Several processes
+    share the work, and each returns the whole. Raise FloatingPointError where logits are not finite.
     """
     n, logits, (rank, world) = len(images), None, runtime.rank_and_world()
     if not images.is_cuda:  # where code is compiled and cuDNN's choices are timed for one size
-        batch_size = min(batch_size, -(-n // world))
+        batch_size = min(batch_size, math.ceil(n / world))
     only = torch.arange(n, device=images.device) if only is None else only
     mine = only[rank::world]
     # the last batch is filled up with images that are not counted, as another size would be compiled anew
-    total = max(1, -(-len(mine) // batch_size)) * batch_size
-    filled = torch.cat([mine, only.repeat(-(-total // len(only)))])[:total]
+    total = max(1, math.ceil(len(mine) / batch_size)) * batch_size
+    filled = torch.cat([mine, only.repeat(math.ceil(total / len(only)))])[:total]
     # to the CPU all at once: batch by batch it would wait for the GPU each time
     parts = (indices.split(batch_size) for indices in (mine, filled, filled.cpu()))
     for counted, indices, positions in zip(*parts, strict=True):
@@ -256,59 +263,75 @@ def attacked_logits(model, images, labels, attack=None, batch_size=256, progress
     return logits
 
 
-# Flags. ---------------------------------------------------------------------------------------------------------------
+def pgd_params(epsilon, **others):
+    """Return the parameters of PGD-20 as they go into the JSON, with these others besides or instead."""
+    return dict(objective="ce", epsilon=epsilon, step_size=str(Fraction(epsilon) / 10), num_steps=20,
+                random_start="uniform", seed=0) | others
+
+
+def make_attack(forward, params):
+    """Return the attack (x, y, indices, restart=0) -> x_adv that parameters, as in the JSON, describe."""
+    epsilon, step_size = float(Fraction(params["epsilon"])), float(Fraction(params["step_size"]))
+    objective = {
+        "ce": losses.cross_entropy,
+        "kl": losses.kl_divergence,
+        "lsce": functools.partial(losses.lsce, alpha=params.get("alpha", 0.0)),
+        "cw": functools.partial(losses.cw_margin, kappa=params.get("kappa", 50.0)),
+    }[params["objective"]]
+
+    def attack(x, y, indices, restart=0):
+        start = attacks.start_per_image(params["random_start"], x, epsilon, indices, params.get("seed", 0), restart)
+        target = attacks.probabilities(forward, x) if params["objective"] == "kl" else y
+        pgd = functools.partial(attacks.pgd, x=x, target=target, objective=objective, step_size=step_size,
+                                epsilon=epsilon, random_start=start, num_steps=params["num_steps"])
+        if params.get("any_step"):
+            return attacks.worst_iterate(pgd, forward, functools.partial(losses.margin, y=y))
+        return pgd(forward)
+
+    return attack
+
+
+# Flags, and the rows that they ask for. -------------------------------------------------------------------------------
 
 
 def attack_list(args):
-    """Return the Attacks asked for, radius by radius in the paper's order."""
-    listed = [Attack("Natural", {})] if "natural" in args.attacks else []
+    """Return the Rows of the table, radius by radius in the paper's order."""
+    rows = [Row("Natural", {})] if "natural" in args.attacks else []
     for epsilon in args.epsilons or [args.epsilon]:
         for flag in ATTACKS[1:]:
-            if flag in args.attacks:
-                for name, params in rows_of(flag, epsilon, args):
-                    if args.pool:
-                        params["pool"] = [before.name for before in listed]
-                    listed.append(Attack(named(name, params, args), params))
-    return listed
-
-
-def named(name, params, args):
-    """Return the name of a row: with its radius, where there are several."""
-    return f"{name} ε {params['epsilon']}" if args.epsilons else name
+            for name, params in rows_of(flag, epsilon, args) if flag in args.attacks else []:
+                if args.pool:
+                    params["pool"] = [before.name for before in rows]
+                rows.append(Row(f"{name} ε {epsilon}" if args.epsilons else name, params))
+    return rows
 
 
 def rows_of(flag, epsilon, args):
-    """Yield (name, parameters) of each row of one word of --attacks at one radius."""
+    """Return [(name, parameters)] of the rows of one word of --attacks at one radius."""
+    pgd, steps = functools.partial(pgd_row, args, epsilon), args.steps_sweep or [args.num_steps]
     if flag == "fgsm":
-        yield "FGSM", dict(epsilon=epsilon, objective="ce", step_size=epsilon, num_steps=1, random_start="none")
-    elif flag in ("apgd", "autoattack"):
-        name, components = "AutoAttack", list(attacks.COMPONENTS)
-        if flag == "apgd":
-            name, components = "APGD-CE + APGD-T", ["apgd-ce", "apgd-t"]
-        params = dict(components=components, epsilon=epsilon, version="standard", seed=args.seed,
-                      batch_size=args.batch_size)
-        if args.tf32:
-            params["tf32"] = True
-        if (world := runtime.rank_and_world()[1]) > 1:
-            params["processes"] = world
-        yield name, params
-    elif flag == "cw":
-        for kappa in args.kappas:
-            name = "CW-inf" if kappa == 50 else f"CW-inf κ {kappa:g}"
-            yield pgd_row(name, epsilon, args, objective="cw", kappa=kappa, num_steps=args.cw_steps)
-    else:
-        for steps in args.steps_sweep or [args.num_steps]:
-            if flag == "pgd":
-                yield pgd_row(f"PGD-{steps}", epsilon, args, num_steps=steps)
-            elif flag == "pgd-kl":
-                yield pgd_row(f"PGD-{steps}-KL", epsilon, args, objective="kl", num_steps=steps)
-            else:
-                for alpha in args.alphas:
-                    yield pgd_row(f"PGD-{steps}-LS {alpha:g}", epsilon, args, objective="lsce", alpha=alpha,
-                                  num_steps=steps)
+        return [("FGSM", dict(epsilon=epsilon, objective="ce", step_size=epsilon, num_steps=1, random_start="none"))]
+    if flag == "pgd":
+        return [pgd(f"PGD-{n}", num_steps=n) for n in steps]
+    if flag == "cw":
+        return [pgd("CW-inf" if kappa == 50 else f"CW-inf κ {kappa:g}", objective="cw", kappa=kappa,
+                    num_steps=args.cw_steps) for kappa in args.kappas]
+    if flag == "pgd-kl":
+        return [pgd(f"PGD-{n}-KL", objective="kl", num_steps=n) for n in steps]
+    if flag == "pgd-ls":
+        return [pgd(f"PGD-{n}-LS {alpha:g}", objective="lsce", alpha=alpha, num_steps=n)
+                for n in steps for alpha in args.alphas]
+    components, (_, world) = APGD if flag == "apgd" else list(attacks.COMPONENTS), runtime.rank_and_world()
+    params = {"components": components, "epsilon": epsilon, "version": "standard", "seed": args.seed,
+              "batch_size": args.batch_size}
+    if args.tf32:
+        params["tf32"] = True
+    if world > 1:
+        params["processes"] = world
+    return [(components_name(components), params)]
 
 
-def pgd_row(name, epsilon, args, **params):
+def pgd_row(args, epsilon, name, **params):
     """Return (name, parameters) of a row of PGD, with these parameters and what the flags say of all of its kind."""
     params = pgd_params(epsilon, random_start=args.random_start, seed=args.seed, **params)
     if args.step_size:
@@ -322,6 +345,17 @@ def pgd_row(name, epsilon, args, **params):
     return name, params
 
 
+def components_name(components):
+    """Return "AutoAttack" for its standard four components, and "APGD-CE + APGD-T" for those two."""
+    return "AutoAttack" if components == list(attacks.COMPONENTS) else " + ".join(components).upper()
+
+
+def with_components(row, components):
+    """Return the Row with these components of AutoAttack in the place of its own."""
+    name = row.name.replace(components_name(row.params["components"]), components_name(components))
+    return Row(name, row.params | {"components": components})
+
+
 def parse_args(argv=None):
     parser = runtime.Parser(prog="eval_attacks.py", description=__doc__)
     add_model_flags(parser)
@@ -332,8 +366,7 @@ def parse_args(argv=None):
         "rst: Table 4's PGD-20 at ε 0.031; rst-restarts: RST's own 40 steps, 5 restarts, broken if any step breaks")
     add("--epsilons", nargs="+", type=runtime.ratio, metavar="E", help="run every attack at each of these radii")
     add("--num-steps", type=runtime.positive_int, default=20, metavar="N", help="steps of pgd, pgd-kl and pgd-ls")
-    add("--steps-sweep", nargs="+", type=runtime.positive_int, metavar="N",
-        help="run these three with each number of them")
+    add("--steps-sweep", nargs="+", type=runtime.positive_int, metavar="N", help="run these three with each number")
     add("--cw-steps", type=runtime.positive_int, default=30, metavar="N", help="steps of cw")
     add("--step-size", type=runtime.ratio, metavar="S", help="step of pgd, pgd-kl, pgd-ls, cw (default: epsilon / 10)")
     add("--random-start", choices=attacks.RANDOM_STARTS, default="uniform", help="where these four start")
@@ -346,7 +379,8 @@ def parse_args(argv=None):
     add("--tf32", action="store_true", help="let apgd and autoattack too use a GPU's TF32; the counting never does")
     add = add_machine_flags(parser)
     add("--save-examples", metavar="FILE", help="write each image's predictions and margins to this .npz")
-    add("--save-images", action="store_true", help="put the attacked images into it, float32, 12 kB each")
+    add("--save-images", action="store_true",
+        help="put the attacked images into it, float32, 12 kB each; those of all rows are kept in memory")
     typed = parser.parse_args(argv)
     parser.set_defaults(**PROTOCOLS[typed.protocol])
     if typed.epsilons:
@@ -368,8 +402,7 @@ def parse_args(argv=None):
 
 
 def add_model_flags(parser, images="all"):
-    """Add the flags of what is evaluated at which radius, here and in audit.py. images: how many by default, for the
-    help."""
+    """Add what is evaluated at which radius, here and in audit.py. images: how many by default, for the help."""
     parser.set_defaults(attacks=None, epsilons=None, oracle=None, save_examples=None)  # which one of the two has
     add = parser.add_argument_group("what to evaluate").add_argument
     add("--model-path", required=True, metavar="FILE", help="a checkpoint of train_cifar.py, or a released state dict")
@@ -389,9 +422,8 @@ def add_file_flags(add):
     add("--arch", help="refuse the file if it holds another architecture (default: take what it holds); "
         "preact-resnet-18-x is fast_adversarial's, whose projections see a block's input")
     add("--weights", metavar="NAME", help="which of several sets of weights to take, such as swa_state_dict")
-    add("--normalize", nargs=2, type=runtime.three_numbers, metavar=("MEAN", "STD"),
-        help="how a released model's training images were normalised, such as 0.4914,0.4822,0.4465 "
-        "0.2471,0.2435,0.2616 (default: not at all)")
+    add("--normalize", nargs=2, type=runtime.three_numbers, metavar=("MEAN", "STD"), help="how a released model's "
+        f"training images were normalised, such as {USUAL_NORMALISATIONS[0]} (default: not at all)")
 
 
 def add_machine_flags(parser):
@@ -407,22 +439,23 @@ def add_machine_flags(parser):
 def load(args):
     """Return (model, info, all test images, the data set's name) by the flags above, and fill in args.epsilon. Raise
     ValueError; ArithmeticError for a checkpoint whose ε is no number."""
-    taken = {pathlib.Path(path).resolve() for path in (args.model_path, args.oracle) if path}
+    taken = [pathlib.Path(path).resolve() for path in (args.model_path, args.oracle) if path]
     for flag, path in (("--json", args.json), ("--save-examples", args.save_examples)):
         runtime.check_output(flag, path)
         if path and pathlib.Path(path).resolve() in taken:
             raise ValueError(f"{flag} {path}: another flag names that file too")
-        taken.add(path and pathlib.Path(path).resolve())
+        taken.append(path and pathlib.Path(path).resolve())
     model, info = checkpoints.load_model(args.model_path, arch=args.arch, num_classes=args.num_classes,
                                          normalize=args.normalize, weights=args.weights)
-    trained = info.get("args", {})
-    dataset = args.dataset or trained.get("dataset") or ("cifar100" if info["num_classes"] == 100 else "cifar10")
+    trained = {"defense": "standard", "dataset": "cifar100" if info["num_classes"] == 100 else "cifar10"}
+    trained |= info.get("args", {})
+    dataset = args.dataset or trained["dataset"]
     test = data.fitted(data.load(dataset, args.data_dir, train=False), dataset, info)
     if args.num_images and args.num_images > len(test.labels):
         raise ValueError(f"--num-images {args.num_images}: {dataset} has {len(test.labels)} test images")
     args.epsilon = args.epsilon or data.EPSILON.get(dataset, "8/255")
     radii = args.epsilons or [args.epsilon]
-    if trained.get("defense", "standard") != "standard" and args.attacks != ["natural"]:
+    if trained["defense"] != "standard" and args.attacks != ["natural"]:
         if Fraction(trained["epsilon"]) not in map(Fraction, radii):
             info["notes"].append(f"trained at ε {trained['epsilon']}, attacked at ε {', '.join(radii)}")
     return model, info, test, dataset
@@ -433,15 +466,15 @@ def say_notes(model, info, device, images, labels):
     ones does better than none, and than those before it, by three standard errors, on the first 200 of the images
     (N, C, H, W) uint8 with labels (N,), or None. So few do not tell CIFAR-10's two apart."""
     if checkpoints.ASSUMED in info["notes"] and labels is not None:
-        model, images, labels = model.to(device), images[:200].to(device), labels[:200].to(device)
-        best = plain = attacked_logits(model, images, labels).argmax(1) == labels
+        images, labels, hint = images[:200].to(device), labels[:200].to(device), None
+        best = plain = attacked_logits(model.to(device), images, labels).argmax(1) == labels
         for flag in USUAL_NORMALISATIONS:
             normalised = models.Normalised(model, *map(runtime.three_numbers, flag.split())).to(device)
             right = attacked_logits(normalised, images, labels).argmax(1) == labels
             gains = right.float() - best.float()
             if gains.sum() > 3 * gains.norm():
                 best, hint = right, f"did you mean --normalize {flag}?"
-        if best is not plain:
+        if hint:
             info["notes"].append(f"{hint} {best.sum()} of {len(labels)} images are right with it, not {plain.sum()}")
     if runtime.rank_and_world()[0] == 0:
         for note in info["notes"]:
@@ -484,42 +517,37 @@ def command(script, argv):
     return shlex.join(["python", script, *(sys.argv[1:] if argv is None else argv)])
 
 
-def outcome(name, params, correct_mask, seconds=0.0):
-    """Return one attack's entry in the JSON, from which images are still classified correctly, (n,) bool."""
+def outcome(name, params, right, seconds=0.0):
+    """Return the entry in the JSON of a row that leaves these images right, (n,) bool."""
     from scipy.stats import binomtest  # here, as its import takes a second
 
-    n, correct = len(correct_mask), int(correct_mask.sum())
+    n, correct = len(right), int(right.sum())
     interval = binomtest(correct, n).proportion_ci(0.95, "wilson")
     return {"name": name, "params": params, "n": n, "correct": correct, "accuracy": correct / n,
             "interval": (float(interval.low), float(interval.high)), "seconds": round(seconds, 2),
-            "correct_mask": np.packbits(correct_mask.cpu().numpy()).tobytes().hex()}
+            "correct_mask": np.packbits(right.cpu().numpy()).tobytes().hex()}
 
 
-def correct_mask(row):
-    """Return the outcome per image, (n,) bool, of an attack's entry in the JSON."""
-    bits = np.frombuffer(bytes.fromhex(row["correct_mask"]), np.uint8)
-    return np.unpackbits(bits)[: row["n"]].astype(bool)
+def correct_mask(entry):
+    """Return which images are right, (n,) bool, by an entry in the JSON."""
+    bits = np.frombuffer(bytes.fromhex(entry["correct_mask"]), np.uint8)
+    return np.unpackbits(bits)[: entry["n"]].astype(bool)
 
 
-def shares_after(finished):
-    """Return the share of images that stand after each component of AutoAttack, for its entry; nothing for others."""
-    counts = {name: runtime.sum_over_processes(right.sum()).item() for name, right in finished.items()}
-    return {"after": {name: count / len(finished[name]) for name, count in counts.items()}} if counts else {}
+def settings(entry):
+    """Return the parameters of an entry, with radius and step as numbers: 8/255 and 16/510 are equal."""
+    return {key: Fraction(value) if key in ("epsilon", "step_size") else value
+            for key, value in entry["params"].items()}
 
 
-def settings(row):
-    """Return the parameters of an attack's entry, with radius and step as numbers: 8/255 and 16/510 are equal."""
-    return {key: Fraction(value) if key in ("epsilon", "step_size") else value for key, value in row["params"].items()}
-
-
-def worst_case(rows):
-    """Return the entry in the JSON of the images that are right in every one of these entries."""
-    masks = [correct_mask(row) for row in rows]
-    return outcome("Worst case", {"of": [row["name"] for row in rows]}, torch.from_numpy(np.logical_and.reduce(masks)))
+def worst_case(entries):
+    """Return the entry of the images that are right in every one of these entries."""
+    right = torch.from_numpy(np.logical_and.reduce([correct_mask(entry) for entry in entries]))
+    return outcome("Worst case", {"of": [entry["name"] for entry in entries]}, right)
 
 
 def spat_shares(natural, attacked, y, alpha=None):
-    """Return the shares of losses.spat_counts, for an attack's entry; the first for PGD-LS only. Logits are (n, K)."""
+    """Return the shares of losses.spat_counts for an entry, that of confident images for PGD-LS only; logits (n, K)."""
     confident, easier = (losses.spat_counts(natural, attacked, y, alpha or 0.0).double() / len(y)).tolist()
     if alpha is None:
         return {"share_made_easier": easier}
@@ -528,67 +556,37 @@ def spat_shares(natural, attacked, y, alpha=None):
 
 def table(result):
     """Return the result as text, for the screen."""
-    model, attacked = result["model"], f"attacks at ε {result['epsilon']} crafted in {result['precision']}"
-    if result.get("tf32") and result["precision"] == "fp32":
-        attacked += " (TF32 in convolutions)"
-    head = f"{model['path']}: {model['arch']} on {model['dataset']}"
+    model, crafted = result["model"], f"attacks at ε {result['epsilon']} crafted in {result['precision']}"
+    head = [f"{model['path']}: {model['arch']} on {model['dataset']}"]
     if model["defense"]:
-        head += f", {model['defense']}"
-        if model["spat_alpha"] is not None:
-            head += f" + SPAT (α {model['spat_alpha']:g})"
+        spat = "" if model["spat_alpha"] is None else f" + SPAT (α {model['spat_alpha']:g})"
         epochs = model["args"].get("epochs", model["epochs"])
-        head += f", {epochs} epochs" if model["epochs"] == epochs else f", epoch {model['epochs']} of {epochs}"
-        head += f", seed {model['seed']}"
+        head += [model["defense"] + spat,
+                 f"{epochs} epochs" if model["epochs"] == epochs else f"epoch {model['epochs']} of {epochs}",
+                 f"seed {model['seed']}"]
     if model.get("weights"):
-        head += f", its {model['weights']}"
-    exact = [row["name"] for row in result["attacks"] if "after" in row or "precision" in row["params"]]
-    if exact and result["precision"] != "fp32":
-        attacked += f", {' and '.join(exact)} in fp32"
+        head.append(f"its {model['weights']}")
+    exact = [entry["name"] for entry in result["attacks"] if "after" in entry or "precision" in entry["params"]]
+    if result.get("tf32") and result["precision"] == "fp32":
+        crafted += " (TF32 in convolutions)"
+    elif exact and result["precision"] != "fp32":
+        crafted += f", {' and '.join(exact)} in fp32"
     if not result["complete"]:
-        attacked += "; INCOMPLETE, it was stopped"
-    lines = [head, *model.get("notes", []), f"the first {result['n']} test images; {attacked}", "",
+        crafted += "; INCOMPLETE, it was stopped"
+    lines = [", ".join(head), *model.get("notes", []), f"the first {result['n']} test images; {crafted}", "",
              f"{'attack':<16} {'correct':>13} {'accuracy':>9}   95 % interval   {'seconds':>7}"]
-    for row in result["attacks"]:
-        low, high = row["interval"]
-        lines.append(f"{row['name']:<16} {row['correct']:>6}/{row['n']:<6} {row['accuracy']:>8.2%}   "
-                     f"{100 * low:5.2f} - {100 * high:5.2f}   {row['seconds']:>7.0f}")
-        for component, share in row.get("after", {}).items():
+    for entry in result["attacks"]:
+        low, high = entry["interval"]
+        lines.append(f"{entry['name']:<16} {entry['correct']:>6}/{entry['n']:<6} {entry['accuracy']:>8.2%}   "
+                     f"{100 * low:5.2f} - {100 * high:5.2f}   {entry['seconds']:>7.0f}")
+        for component, share in entry.get("after", {}).items():
             lines.append(f"  after {component:<10} {'':>13} {share:>8.2%}")
     return "\n".join(lines)
 
 
-def save(args, result, images=None):
-    """Write the files that args ask for, from the first process. images: as the last of result's attacks left them."""
-    if runtime.rank_and_world()[0] > 0:
-        return
-    write(args.json, result)
-    if args.save_examples and images:
-        name, first = result["attacks"][-1]["name"], len(result["attacks"]) == 1
-        arrays = {"labels": images.test.labels} if first else {}
-        arrays[f"predictions/{name}"] = images.logits.argmax(1)
-        arrays[f"margins/{name}"] = losses.margin(images.logits, images.test.labels)
-        if images.x_adv is not None:
-            arrays[f"images/{name}"] = images.x_adv
-        write_npz(args.save_examples, arrays, behind=not first)
-
-
-def write_npz(path, tensors, behind):
-    """Write tensors to an .npz file, if `behind` then behind those in it, which are copied and not compressed again."""
-    def write_to(file):
-        if behind:
-            with open(path, "rb") as before:
-                shutil.copyfileobj(before, file)
-        with zipfile.ZipFile(file, "a", zipfile.ZIP_DEFLATED) as archive:
-            for name, tensor in tensors.items():
-                with archive.open(f"{name}.npy", "w", force_zip64=True) as member:
-                    np.lib.format.write_array(member, tensor.cpu().numpy())
-
-    checkpoints.write_atomically(path, write_to)
-
-
 def write(path, result):
-    """Write the result as a JSON file, or nothing if path is None. Raises OSError if it cannot be written."""
-    if path is not None:
+    """Write the result as a JSON file, from the first process, or nothing if path is None. Raise OSError."""
+    if path is not None and runtime.rank_and_world()[0] == 0:
         checkpoints.write_atomically(path, json.dumps(result, indent=1).encode())
 
 
@@ -596,37 +594,12 @@ def read(path):
     """Return a result of eval_attacks.py. Raises ValueError if the file is not one."""
     try:
         result = json.loads(pathlib.Path(path).read_text(encoding="utf-8"))
-        masks = [(row["name"], settings(row), correct_mask(row))[2] for row in result["attacks"]]
+        masks = [(entry["name"], settings(entry), correct_mask(entry))[2] for entry in result["attacks"]]
         if all(len(mask) == result["n"] for mask in masks) and result["model"]["dataset"]:
             return result
     except (OSError, ValueError, KeyError, TypeError, AttributeError, ArithmeticError) as error:
         raise ValueError(f"{path}: not a result of eval_attacks.py ({type(error).__name__})") from None
     raise ValueError(f"{path}: not a result of eval_attacks.py (its masks do not fit its n)")
-
-
-def main(argv=None):
-    parser, args = parse_args(argv)
-    with contextlib.ExitStack() as stack:
-        try:
-            device, rank, _ = stack.enter_context(runtime.join_job(args.device))
-            model, info, test, dataset = load(args)
-            if {"apgd", "autoattack"} & set(args.attacks):
-                attacks.check_autoattack(info["num_classes"])
-            say_notes(model, info, device, test.images, test.labels)
-        except (ValueError, ArithmeticError, *runtime.FAULTS) as error:
-            parser.error(error)
-        test = test.subset(slice(args.num_images))
-        result = new_result(parser.prog, argv, args, info, dataset, test, device) | {"attacks": []}
-        try:
-            evaluate(model, test, args, result, device)
-        except KeyboardInterrupt:
-            sys.exit(130)
-        except (FloatingPointError, *runtime.FAULTS) as error:
-            sys.exit(f"{parser.prog}: {error}")
-        finally:  # what is known, however it ends
-            if rank == 0 and result["attacks"]:
-                print(table(result))
-        return result
 
 
 if __name__ == "__main__":

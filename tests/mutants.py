@@ -155,7 +155,7 @@ MUTANTS = {  # name: (snippet, replacement, *the tests that must fail)
         "test_train.py::test_it_saves_every_so_many_minutes"),
     # the evaluation
     "the worst case takes any attack that leaves an image right": (
-        "np.logical_and.reduce(masks)", "np.logical_or.reduce(masks)",
+        "np.logical_and.reduce(", "np.logical_or.reduce(",
         "test_eval.py::test_accuracies_equal_a_loop_written_out"),
     "the evaluation takes training images": (
         "data.load(dataset, args.data_dir, train=False)", "data.load(dataset, args.data_dir)",
@@ -167,10 +167,11 @@ MUTANTS = {  # name: (snippet, replacement, *the tests that must fail)
         "attack(x, labels[indices], positions)", "attack(x, labels[indices], torch.arange(len(x)))",
         "test_eval.py::test_attacked_logits_do_not_depend_on_the_batch_size[4]"),
     "every restart draws the same start": (
-        "functools.partial(craft, restart=restart)", "craft",
+        "functools.partial(attack, restart=restart)", "attack",
         "test_eval.py::test_restarts_break_what_any_of_them_breaks"),
     "the last restart alone counts": (
-        "chosen = chosen & images.right()", "pass", "test_eval.py::test_restarts_break_what_any_of_them_breaks"),
+        'passes=1 + params["num_steps"])\n                chosen = chosen & self.right()',
+        'passes=1 + params["num_steps"])', "test_eval.py::test_restarts_break_what_any_of_them_breaks"),
     "the start ignores the restart": (
         "(seed * 1000 + restart) * 10_000_000", "(seed * 1000) * 10_000_000",
         "test_attacks.py::test_start_per_image_depends_on_seed_restart_and_index_only"),
@@ -190,7 +191,7 @@ MUTANTS = {  # name: (snippet, replacement, *the tests that must fail)
         "step_size=str(Fraction(epsilon) / 10), num_steps=20", "step_size=str(Fraction(epsilon) / 4), num_steps=20",
         "test_eval.py::test_evaluation_defaults_are_the_papers"),
     "the pool is ignored": (
-        "chosen = images.right() if args.pool else", "chosen = images.right() if False else",
+        'chosen = self.right() if "pool" in row.params else', "chosen = self.right() if False else",
         "test_eval.py::test_the_pool_shrinks"),
     "of a pool those not attacked count as zeros": (
         "torch.where(chosen[:, None], logits, self.logits)", "logits", "test_eval.py::test_the_pool_shrinks"),
@@ -209,7 +210,7 @@ MUTANTS = {  # name: (snippet, replacement, *the tests that must fail)
         "proportion_ci(0.95)",
         "test_eval.py::test_the_table_names_the_training"),
     "the mask's bits run the other way": (
-        "np.packbits(correct_mask.cpu().numpy())", 'np.packbits(correct_mask.cpu().numpy(), bitorder="little")',
+        "np.packbits(right.cpu().numpy())", 'np.packbits(right.cpu().numpy(), bitorder="little")',
         "test_compare.py::test_the_masks_survive_the_json"),
     # comparisons
     "McNemar's tail leaves out what was seen": (

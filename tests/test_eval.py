@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import fails_in_one_line
+from helpers import fails_in_one_line, record_on_a_cpu
 from test_checkpoints import bad_files
 
 import attacks
@@ -17,6 +17,7 @@ import data
 import eval_attacks
 import losses
 import models
+import runtime
 
 SMALL = ["--num-images", "24", "--precision", "fp32", "--compile", "off", "--num-steps", "3", "--cw-steps", "4"]
 
@@ -299,14 +300,14 @@ def test_saved_examples(model_path, tmp_path, flags):
 
 
 def test_ctrl_c_keeps_what_is_finished(model_path, tmp_path, monkeypatch, capsys):
-    real = eval_attacks.run_attack
+    real = eval_attacks.make_attack
 
-    def interrupted(attack, *rest):
-        if attack.params.get("objective") == "cw":
+    def interrupted(forward, params):
+        if params["objective"] == "cw":
             raise KeyboardInterrupt
-        return real(attack, *rest)
+        return real(forward, params)
 
-    monkeypatch.setattr(eval_attacks, "run_attack", interrupted)
+    monkeypatch.setattr(eval_attacks, "make_attack", interrupted)
     with pytest.raises(SystemExit) as exit_info:
         eval_attacks.main(["--model-path", str(model_path), *SMALL, "--json", str(tmp_path / "r.json")])
     assert exit_info.value.code == 130
@@ -314,6 +315,17 @@ def test_ctrl_c_keeps_what_is_finished(model_path, tmp_path, monkeypatch, capsys
     assert result["complete"] is False and [row["name"] for row in result["attacks"]] == ["Natural", "FGSM", "PGD-3"]
     printed = capsys.readouterr().out
     assert "INCOMPLETE" in printed and "PGD-3" in printed and "CW" not in printed
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_the_json_says_graphs_only_if_the_steps_can_be_recorded(model_path, monkeypatch, capsys, fails):
+    record_on_a_cpu(monkeypatch)
+    monkeypatch.setattr(runtime, "pick_compile", lambda *_: ("graphs", "the fastest"))
+    if fails:
+        monkeypatch.setattr(runtime.Recording, "__init__", lambda *_: torch.zeros(2).view(3))
+    result = eval_attacks.main(["--model-path", str(model_path), *SMALL, "--compile", "auto", "--attacks", "pgd"])
+    assert result["compile"] == ("on" if fails else "graphs") and result["complete"]
+    assert ("--compile graphs failed, CompileFailed" in capsys.readouterr().out) == fails
 
 
 def test_a_natural_accuracy_near_chance_is_named(model_path, tmp_path, capsys):
