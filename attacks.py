@@ -72,7 +72,7 @@ def _step(model, objective, move, x_adv, x, target):
 
 
 def _early_stopped_step(model, objective, move, x_adv, x, target, y, left):
-    logits, gradient = _logits_and_gradient(model, x_adv, target, objective)
+    logits, gradient = logits_and_gradient(model, x_adv, target, objective)
     wrong = logits.argmax(1) != y
     moves = (~wrong | (left > 0))[:, None, None, None]  # not sorted out of the batch, which keeps its shape
     return torch.where(moves, move(x_adv, gradient, x), x_adv), left - wrong.long()
@@ -89,10 +89,11 @@ def project(x_adv, x, epsilon):
 
 def input_gradient(model, x, target, objective):
     """Return d sum(objective(model(x), target)) / dx: the sum, as an example's step must not depend on its batch."""
-    return _logits_and_gradient(model, x, target, objective)[1]
+    return logits_and_gradient(model, x, target, objective)[1]
 
 
-def _logits_and_gradient(model, x, target, objective):
+def logits_and_gradient(model, x, target, objective):
+    """Return model(x), (B, K), as a constant, and that gradient, shaped like x."""
     with torch.enable_grad():
         x = x.detach().requires_grad_()
         logits = model(x)

@@ -96,7 +96,7 @@ def bad_files(folder):
         (folder / name).write_bytes(content)
     return {"absent.pt": "no such file", "empty.pt": "empty", "page.pt": "HTML page", "text.pt": "not a model file",
             "half.pt": "not a model file", "cut.pt": "not a model file", "list.pt": "no state dict but a list",
-            "numbers.pt": "no state dict but 'a'", "objects.pt": "besides tensors.*save its state_dict",
+            "numbers.pt": "no state dict but 'a'", "objects.pt": "save its state_dict",
             "pointer.pt": "git lfs pull", "tensors.pt": "a safetensors file", "script.pt": "a TorchScript program",
             "unknown.pt": "no known architecture", "incomplete.pt": "bn1.weight", "zip.pt": "not a model file"}
 
