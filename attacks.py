@@ -23,7 +23,7 @@ def pgd(model, x, target, objective, *, epsilon, step_size, num_steps, random_st
     images the result would lie far outside the ball.
     """
     x_adv = _first_iterate(x, random_start, epsilon)
-    step = _recorded_step(_step, model, objective, epsilon, step_size)
+    step = _fast_step(_step, model, objective, epsilon, step_size)
     for _ in range(num_steps):
         x_adv = step(x_adv, x, target)
     return x_adv
@@ -33,7 +33,7 @@ def early_stopped_pgd(model, x, y, target, objective, *, tau, epsilon, step_size
     """Return what PGD comes to if an image that the model gets wrong, label y (B,), moves tau more steps and then stops
     (FAT, Zhang et al. 2020, Algorithm 1); for the rest see pgd."""
     x_adv, left = _first_iterate(x, random_start, epsilon), torch.full_like(y, tau)
-    step = _recorded_step(_early_stopped_step, model, objective, epsilon, step_size)
+    step = _fast_step(_early_stopped_step, model, objective, epsilon, step_size)
     for _ in range(num_steps):
         x_adv, left = step(x_adv, x, target, y, left)
     return x_adv
@@ -54,10 +54,10 @@ def _first_iterate(x, random_start, epsilon):
     return project(x + random_start, x, epsilon)
 
 
-def _recorded_step(step, model, objective, epsilon, step_size):
+def _fast_step(step, model, objective, epsilon, step_size):
     """Return step(x_adv, x, target, ...) of this model; on a GPU it is recorded once and replayed, see recorded."""
     move = functools.partial(_ascend, epsilon=epsilon, step_size=step_size)
-    if hasattr(model, "compiled"):  # a runtime.RecordedPass
+    if hasattr(model, "recorded"):  # a runtime.RecordedPass
         objective, move = model.compiled(objective), model.compiled(move)
     return recorded(model, functools.partial(step, model, objective, move))
 
@@ -79,7 +79,7 @@ def _early_stopped_step(model, objective, move, x_adv, x, target, y, left):
 
 
 def _ascend(x_adv, gradient, x, *, epsilon, step_size):
-    return project(x_adv + step_size * gradient.sign(), x, epsilon)
+    return project(x_adv + step_size * gradient.sign(), x, epsilon)  # Eq. 7
 
 
 def project(x_adv, x, epsilon):

@@ -22,7 +22,7 @@ from PIL import Image, ImageOps
 
 NAMED = ("cifar10", "cifar100", "digits")
 # The radius to train and to evaluate with, unless a flag says otherwise. On digits PGD-20 breaks a standard model.
-EPSILON = {"cifar10": "8/255", "cifar100": "8/255", "digits": "0.05"}
+EPSILON, EPSILON_DIGITS = "8/255", "0.05"
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
 IMAGE_FORMATS = ("PNG", "JPEG", "BMP", "WEBP")  # and not EPS, which Pillow would have Ghostscript run
 EIGHT_BIT = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr")  # Pillow clips the other modes to 255
@@ -101,6 +101,10 @@ def _digits(train):
     part = slice(0, 1397) if train else slice(1397, None)  # 400 test images; the file's order is by writer
     classes = list(map(str, digits.target_names))
     return Dataset(images[part], torch.from_numpy(digits.target[part]), classes, mirror=False)
+
+
+def default_epsilon(name):
+    return EPSILON_DIGITS if name == "digits" else EPSILON
 
 
 def is_named(name):

@@ -78,7 +78,7 @@ def evaluate(model, test, args, result, device):
         evaluation = Evaluation(model, test, args, result, rows)
         with evaluation.bar:
             for row in rows:
-                evaluation.run(row, exact if "precision" in row.params else forward)
+                evaluation.run(row, exact if row.params.get("precision") == "fp32" else forward)
     if sum(bool(row.params) for row in rows) > 1 and not args.epsilons:
         result["attacks"].append(worst_case(result["attacks"]))
     result["complete"] = True
@@ -95,7 +95,7 @@ def crafting_passes(args, model, test, rows):
     def rehearsal(forward):  # before the JSON says "graphs": a step that cannot be recorded would run without
         runtime.attack_pass(model, forward, x)
         for row in rows:
-            if "objective" in row.params and "precision" not in row.params:
+            if "objective" in row.params and row.params.get("precision") != "fp32":
                 make_attack(forward, row.params | {"num_steps": 1})(x, y, indices)
 
     passes = sum(row.passes for row in rows if "components" not in row.params) * n / size / world
@@ -165,7 +165,8 @@ class Evaluation:
 
     def attacked(self, chosen, params, forward):
         """Attack the images of the mask `chosen`, (N,) bool: a restart, or a component of AutoAttack, only those that
-        the ones before it left correct. Yield the name of each component that is finished."""
+        the ones before it left correct. It runs while iterated, and yields nothing but the names of finished components.
+        """
         if not params:
             self.score(None, chosen)
         elif "components" in params:
@@ -176,7 +177,8 @@ class Evaluation:
                 chosen = chosen & self.right()
                 yield component
         else:
-            attack = runtime.tf32_convolutions("precision" not in params)(make_attack(forward, params))
+            attack = make_attack(forward, params)
+            attack = runtime.tf32_convolutions(params.get("precision") != "fp32")(attack)  # and not in the scoring
             for restart in range(params.get("restarts", 1)):
                 self.score(functools.partial(attack, restart=restart), chosen, passes=1 + params["num_steps"])
                 chosen = chosen & self.right()
@@ -244,10 +246,10 @@ def attacked_logits(model, images, labels, attack=None, batch_size=256, progress
     filled = torch.cat([mine, only.repeat(math.ceil(total / len(only)))])[:total]
     # to the CPU all at once: batch by batch it would wait for the GPU each time
     parts = (indices.split(batch_size) for indices in (mine, filled, filled.cpu()))
-    for counted, indices, positions in zip(*parts, strict=True):
+    for counted, indices, on_cpu in zip(*parts, strict=True):
         x = data.to_float(images[indices])
         if attack is not None:
-            x = attack(x, labels[indices], positions)
+            x = attack(x, labels[indices], on_cpu)
         with torch.no_grad():
             out = model(x).float()
         logits = out.new_zeros(n, out.shape[1]) if logits is None else logits
@@ -413,7 +415,7 @@ def add_model_flags(parser, images="all"):
         help="refuse the file if it has another number of classes (default: take what it has)")
     add_file_flags(add)
     add("--epsilon", type=runtime.ratio, metavar="E", help="radius of the L-inf ball (default: "
-        f"{data.EPSILON['cifar10']}; digits: {data.EPSILON['digits']})")
+        f"{data.EPSILON}; digits: {data.EPSILON_DIGITS})")
     add("--seed", type=runtime.natural_int, default=0, help="seed of the random starts")
 
 
@@ -453,7 +455,7 @@ def load(args):
     test = data.fitted(data.load(dataset, args.data_dir, train=False), dataset, info)
     if args.num_images and args.num_images > len(test.labels):
         raise ValueError(f"--num-images {args.num_images}: {dataset} has {len(test.labels)} test images")
-    args.epsilon = args.epsilon or data.EPSILON.get(dataset, "8/255")
+    args.epsilon = args.epsilon or data.default_epsilon(dataset)
     radii = args.epsilons or [args.epsilon]
     if trained["defense"] != "standard" and args.attacks != ["natural"]:
         if Fraction(trained["epsilon"]) not in map(Fraction, radii):

@@ -427,7 +427,7 @@ def trained_otherwise(args, cell):
 def evaluated_otherwise(result, command):
     """Return a text for each way in which a result of eval_attacks.py is not what the command would give."""
     args, model = eval_attacks.parse_args(command[1:])[1], result["model"]
-    args.epsilon = args.epsilon or data.EPSILON.get(model["dataset"], "8/255")
+    args.epsilon = args.epsilon or data.default_epsilon(model["dataset"])
     test_images = 400 if model["dataset"] == "digits" else 10_000
     wanted = {"n": args.num_images or test_images, "precision": args.precision, "compile": args.compile}
     found = {row["name"]: eval_attacks.settings(row) for row in result["attacks"]}

@@ -327,9 +327,9 @@ def pick_compile(name, model, plain, x, passes, too_long=None):
     part = x if x.is_cuda else x[:16]  # one pass of a WRN-34-10 over 128 images takes a minute on two cores
     seconds = shortest_seconds(lambda: attack_pass(model, plain, part), x.device, 1)
     minutes = seconds * len(x) / len(part) * passes / 60
-    why = f"eager needs about {duration(minutes)}"
+    why = f"without it the work takes about {duration(minutes)}"
     if minutes < COMPILE_PAYS_MINUTES[x.device.type]:
-        return "off", f"{why}, too little for compiling to pay"
+        return "off", f"{why}, too little to repay compiling"
     if x.is_cuda:
         return "graphs", why
     return "on", f"{why}, {too_long}" if too_long and minutes > 24 * 60 else why
@@ -348,7 +348,7 @@ def pick_precision(name, device, evaluates=False):
     a = torch.randn(512, 512)  # not larger: where bf16 is emulated 1024 took 10 s
     b = a.bfloat16()
     ratio = shortest_seconds(lambda: a @ a, device) / shortest_seconds(lambda: b @ b, device)
-    return "bf16" if ratio > 1.3 else "fp32", f"a bf16 matrix product runs at {ratio:.2g}x the speed of float32 here"
+    return ("bf16", "this CPU is faster with it") if ratio > 1.3 else ("fp32", "this CPU is not faster with bf16")
 
 
 def pick_device(name):

@@ -45,14 +45,14 @@ DEFAULTS = {
     "all": dict(spat_alpha=None, beta=None, recipe="mart", arch="wrn-34-10", dataset="cifar10", data_dir="data",
                 val_size=1000, limit_train=None, aux_data=None, aux_fraction=0.5, epochs=90, batch_size=128, lr=0.1,
                 lr_schedule="step", lr_milestones=None, momentum=0.9, nesterov=False, weight_decay=7e-4,
-                epsilon="8/255", step_size=None, num_steps=10, random_start="gaussian", early_stop=None,
+                epsilon=data.EPSILON, step_size=None, num_steps=10, random_start="gaussian", early_stop=None,
                 precision="auto", compile="auto", device="auto", seed=1, save_minutes=10.0, mirror=None),
     "trades": dict(beta=6.0),
     "mart": dict(beta=5.0),
     "cifar100 madry": dict(weight_decay=2e-4),
     "cifar100 trades": dict(weight_decay=2e-4),
     "digits": dict(arch="wrn-10-1", epochs=12, batch_size=64, lr=0.2, lr_schedule="onecycle", val_size=100,
-                   weight_decay=5e-4, epsilon=data.EPSILON["digits"]),
+                   weight_decay=5e-4, epsilon=data.EPSILON_DIGITS),
     "recipe rst": dict(arch="wrn-28-10", epochs=200, batch_size=256, lr_schedule="cosine", nesterov=True, lr=0.1,
                        weight_decay=5e-4, epsilon="0.031", step_size="0.007", val_size=0),
 }
@@ -62,7 +62,7 @@ FREE_ON_RESUME = ("out_dir", "data_dir", "device", "save_minutes")  # these do n
 YOUNGER = {"mirror": None, "early_stop": None}  # flags that older runs lack, with what these did
 SHARES_EVERY = 8  # steps: the two logged shares of examples cost forward passes of their own
 READ_EVERY = {"cpu": 1, "cuda": 10}  # steps: reading a number waits for the GPU, a signal to several processes for it
-Sums = collections.namedtuple("Sums", "loss natural robust confident easier sampled")  # of an epoch's steps so far
+Sums = collections.namedtuple("Sums", "loss natural robust confident easier sampled")  # tally's, sampled_shares'
 
 
 def train(args, checkpoint, train_set, val_set, device, stop=()):
@@ -79,8 +79,8 @@ def train(args, checkpoint, train_set, val_set, device, stop=()):
     with run.begin(), contextlib.suppress(runtime.Stopped):
         attack_forward = runtime.stoppable(forward, stop)
         for epoch in range(len(run.rows), args.epochs):
-            order = data.batches(len(train_set.labels), args.batch_size, args.seed, epoch, aux_images(args)).to(device)
-            for indices in order[run.step - epoch * run.steps_per_epoch :]:  # none if stopped in the validation
+            steps = data.batches(len(train_set.labels), args.batch_size, args.seed, epoch, aux_images(args)).to(device)
+            for indices in steps[run.step - epoch * run.steps_per_epoch :]:  # none if stopped in the validation
                 run.pause(stop)
                 run.group["lr"] = learning_rate(args, epoch + 1, run.step / run.total_steps)
                 x, y, start = training_batch(args, train_set, indices, run.step)
@@ -107,7 +107,7 @@ def inner_maximisation(model, forward, x, y, start, args):
         return x
     objective = INNER[args.defense]
     if args.spat_alpha is not None:
-        objective = functools.partial(losses.lsce, alpha=args.spat_alpha)  # Eq. 8-9
+        objective = functools.partial(losses.lsce, alpha=args.spat_alpha)  # Eq. 10, by LSCE, Eq. 8-9
     with models.frozen(model):
         target = y
         if objective is losses.kl_divergence:
@@ -264,7 +264,7 @@ class Run:
             return  # several must agree on when to ask
         if self.step % self.steps_per_epoch:
             self.show()
-        late = time.perf_counter() - self.saved > 60 * self.args.save_minutes
+        late = time.perf_counter() - self.saved_at > 60 * self.args.save_minutes
         stop_now, save_now = runtime.any_process(stop, late)
         if stop_now:
             raise runtime.Stopped
@@ -316,7 +316,7 @@ class Run:
     def save(self):
         if self.rank == 0 and self.step != self.saved_step:
             checkpoints.save_run(self.checkpoint(), self.args.out_dir)
-        self.saved, self.saved_step = time.perf_counter(), self.step
+        self.saved_at, self.saved_step = time.perf_counter(), self.step
 
 
 def validate(model, forward, val_set, args):

@@ -144,7 +144,7 @@ MUTANTS = {  # name: (snippet, replacement, *the tests that must fail)
         "pass",
         "test_train.py::test_a_stopped_run_goes_on_to_the_same_end[4-flags2]"),
     "a resumed run begins its epoch anew": (
-        "order[run.step - epoch * run.steps_per_epoch :]", "order",
+        "steps[run.step - epoch * run.steps_per_epoch :]", "steps",
         "test_train.py::test_a_stopped_run_goes_on_to_the_same_end[4-flags2]"),
     "the best score is lost on resume": (
         'self.rows, self.best = checkpoint["rows"], checkpoint["best"]',
@@ -164,7 +164,7 @@ MUTANTS = {  # name: (snippet, replacement, *the tests that must fail)
         "progress(len(counted))", "progress(batch_size)",
         "test_eval.py::test_attacked_logits_do_not_depend_on_the_batch_size[4]"),
     "an image's start is that of its place in the batch": (
-        "attack(x, labels[indices], positions)", "attack(x, labels[indices], torch.arange(len(x)))",
+        "attack(x, labels[indices], on_cpu)", "attack(x, labels[indices], torch.arange(len(x)))",
         "test_eval.py::test_attacked_logits_do_not_depend_on_the_batch_size[4]"),
     "every restart draws the same start": (
         "functools.partial(attack, restart=restart)", "attack",

@@ -32,7 +32,7 @@ def test_accuracies_equal_a_loop_written_out(model_path):
                                 "pgd-kl", "pgd-ls", "--alphas", "0.2", "1"])
     model, _ = checkpoints.load_model(model_path)
     test = data.load("digits", train=False)
-    epsilon = float(data.EPSILON["digits"])
+    epsilon = float(data.EPSILON_DIGITS)
 
     def cw(z, y, _):
         other = torch.cat([z[0, : y[0]], z[0, y[0] + 1 :]]).max()

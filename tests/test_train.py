@@ -48,7 +48,7 @@ def test_defaults_are_the_papers():
     (["--defense", "mart", "--dataset", "cifar100"], dict(weight_decay=7e-4)),
     (["--defense", "madry", "--epochs", "30"], dict(lr_milestones=[25, 30])),
     (["--defense", "madry", "--epsilon", "0.031"], dict(epsilon="0.031", step_size="31/4000")),
-    (["--defense", "madry", "--dataset", "digits"], dict(epsilon=data.EPSILON["digits"], arch="wrn-10-1")),
+    (["--defense", "madry", "--dataset", "digits"], dict(epsilon=data.EPSILON_DIGITS, arch="wrn-10-1")),
     (["--defense", "madry", "--dataset", "digits", "--epsilon", "0.2", "--arch", "resnet-18"],
      dict(epsilon="0.2", arch="resnet-18")),
 ])
@@ -165,7 +165,7 @@ def test_every_defense_trains(defense, tmp_path, request):
         assert bool(row["share_p_y_above_1_minus_alpha"]) == has_alpha
         assert float(row["images_per_s"]) > 0 and float(row["val_robust_loss"]) >= float(row["val_natural_loss"])
     args = json.loads((tmp_path / "args.json").read_text())
-    assert args["defense"] == defense[0] and args["epsilon"] == data.EPSILON["digits"]
+    assert args["defense"] == defense[0] and args["epsilon"] == data.EPSILON_DIGITS
     assert {f.name for f in tmp_path.iterdir()} == {
         ".lock", "args.json", "log.csv", "curves.png", "best.pt", "last.pt", "last.prev.pt"}
     best, last = checkpoints.load_model(tmp_path / "best.pt")[1], checkpoints.load_model(tmp_path / "last.pt")[1]
@@ -199,7 +199,7 @@ def test_the_attack_uses_the_objective_that_alpha_asks_for(tmp_path, monkeypatch
     ):
         seen.clear()
         train_cifar.main(["--defense", *flags, *TINY, "--epochs", "1", "--out-dir", str(tmp_path / "-".join(flags))])
-        assert seen == {tuple(value.tolist()), float(data.EPSILON["digits"])}
+        assert seen == {tuple(value.tolist()), float(data.EPSILON_DIGITS)}
 
 
 def test_trades_target_is_of_the_callable_that_is_attacked(small_net, images):
