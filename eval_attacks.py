@@ -165,8 +165,7 @@ class Evaluation:
 
     def attacked(self, chosen, params, forward):
         """Attack the images of the mask `chosen`, (N,) bool: a restart, or a component of AutoAttack, only those that
-        the ones before it left correct. It runs while iterated, and yields nothing but the names of finished components.
-        """
+        the ones before it left correct. It runs while iterated; all it yields is each finished component's name."""
         if not params:
             self.score(None, chosen)
         elif "components" in params:
