@@ -20,17 +20,17 @@ import train_cifar
 
 def test_precision_auto_measures_and_explains():
     precision, why = runtime.pick_precision("auto", torch.device("cpu"))
-    assert precision in ("fp32", "bf16") and "x the speed" in why
+    assert precision in ("fp32", "bf16") and "CPU" in why
     assert runtime.pick_precision("fp32", torch.device("cpu"))[0] == "fp32"
 
 
-@pytest.mark.parametrize("ratio, expected, says", [(0.00417, "fp32", "at 0.0042x"), (1.27, "fp32", "at 1.3x"),
-                                                   (12.3, "bf16", "at 12x")])
-def test_the_reason_has_two_digits_however_slow_bf16_is(monkeypatch, ratio, expected, says):
+@pytest.mark.parametrize("ratio, expected, says", [(0.00417, "fp32", "is not faster"), (1.27, "fp32", "is not faster"),
+                                                   (12.3, "bf16", "is faster")])
+def test_bf16_is_taken_where_it_is_clearly_faster(monkeypatch, ratio, expected, says):
     taken = iter((ratio, 1.0))
     monkeypatch.setattr(runtime, "shortest_seconds", lambda *_: next(taken))
     precision, why = runtime.pick_precision("auto", torch.device("cpu"))
-    assert precision == expected and f" {says} the speed" in why
+    assert precision == expected and says in why
 
 
 def test_bf16_forward_returns_nearly_the_same_logits():
