@@ -282,7 +282,7 @@ class _Unpickler(pickle.Unpickler):
         known = {"numpy.dtype": _Unbuilt, "numpy.core.multiarray._reconstruct": _Unbuilt,
                  "numpy.ndarray": "an argument of _reconstruct", "_codecs.encode": codecs.encode,  # bytes as a text
                  "numpy.core.multiarray.scalar": lambda dtype, content: _from_bytes(content, dtype, (), "C")[()],
-                 "numpy.core.numeric._frombuffer": _from_bytes}
+                 "numpy.core.numeric._frombuffer": lambda *arguments: _from_bytes(*arguments)}  # the file may alter it
         if name not in known:
             raise ValueError(f"it names {name!r:.99}, which is no array")
         return known[name]

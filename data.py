@@ -79,7 +79,7 @@ def _cifar(name, data_dir, train):
         with contextlib.ExitStack() as stack:
             with contextlib.suppress(OSError, NotImplementedError):  # read-only, or without locks: nobody waits
                 stack.enter_context(filelock.FileLock(lock))  # of several processes one downloads
-                stack.callback(lock.unlink, missing_ok=True)  # still held: who waits for it makes a new one
+                stack.callback(_unlink, lock)  # still held: who waits for it makes a new one
             data = cls(data_dir, train=train, download=not folder.exists())  # it checks every file's MD5
     except (OSError, RuntimeError) as error:
         if folder.exists():
@@ -89,6 +89,11 @@ def _cifar(name, data_dir, train):
             f"{folder} is not there and cannot be downloaded ({_one_line(error)}): put {cls.base_folder} from "
             f"{cls.url} there, or use --dataset digits, which needs no download") from None
     return _dataset(data.data, data.targets, data.classes)
+
+
+def _unlink(path):
+    with contextlib.suppress(OSError):  # Windows removes no file that is open
+        path.unlink()
 
 
 def _digits(train):
@@ -183,44 +188,56 @@ def _say(note):
 def _image_folder(path, train):
     """Load PATH/train/CLASS/* or PATH/test/CLASS/*, in a fixed shuffled order: so the first images hold every class.
     An evaluation looks into test/ alone; training asks that both have the same classes and the same size of images."""
-    from torchvision.datasets.folder import make_dataset
-
-    part, others = path / ("train" if train else "test"), []
-
-    def is_image(file):
-        hidden = any(part.startswith(".") for part in pathlib.Path(file).relative_to(path).parts)
-        if file.lower().endswith(IMAGE_SUFFIXES) and not hidden:
-            return True
-        others.append(file)
-        return False
-
+    part = path / ("train" if train else "test")
     try:
-        classes = _class_names(part)
+        classes, files, labels, others = _class_names(part), [], [], []
         if train and classes != _class_names(path / "test"):
             raise ValueError("the classes of train and test differ")
         if len(classes) < 2:
             raise ValueError("one class is no classification task")
-        numbers = {name: number for number, name in enumerate(classes)}
-        samples = make_dataset(part, numbers, is_valid_file=is_image)
-        order = permutation(len(samples), _SPLIT).numpy()
-        if train:
-            samples += make_dataset(path / "test", numbers, is_valid_file=is_image)[:1]  # is it as large as the others?
+        for name in sorted(classes):
+            found, left_out = _files_below(part / name)
+            if not found:
+                raise ValueError(f"Found no valid file for the classes {name} in {part}")
+            files, labels, others = files + found, labels + [classes.index(name)] * len(found), others + left_out
+        one_of_test = _files_below(path / "test" / classes[0])[0][:1] if train else []  # must be as large as the others
     except (OSError, ValueError) as error:
         raise ValueError(f"{path}: {_one_line(error)}") from None
     if others:
-        _say(f"{len(others)} files below {path} are not read, as {others[0]}: only {', '.join(IMAGE_SUFFIXES)} are")
-    files, labels = zip(*samples, strict=True)
-    return _dataset(read_image_files(files)[order], np.asarray(labels)[order].tolist(), classes)
+        _say(f"{len(others)} files below {part} are not read, as {others[0]}: only {', '.join(IMAGE_SUFFIXES)} are")
+    images = read_image_files(files + one_of_test)
+    order = permutation(len(files), _SPLIT).numpy()
+    return _dataset(images[order], np.asarray(labels)[order].tolist(), classes)
 
 
 def _class_names(folder):
     """Return the names of the folders in a folder, but for hidden ones, in their order: 0 to K-1 by number, others as
-    strings. Raise OSError if there are no folders."""
-    from torchvision.datasets.folder import find_classes
-
-    names = [name for name in find_classes(folder)[0] if not name.startswith(".")]
+    strings. Raise OSError or ValueError if there are none."""
+    names = sorted(child.name for child in folder.iterdir() if child.is_dir() and not child.name.startswith("."))
+    if not names:
+        raise ValueError(f"Couldn't find any class folder in {folder}")
     numbers = [str(number) for number in range(len(names))]
     return numbers if sorted(numbers) == names else names
+
+
+def _files_below(folder):
+    """Return (the image files, the other files) of a class, sorted. A hidden folder is left out, and so is one that a
+    link leads to a second time. Raise OSError where one cannot be listed."""
+    def fail(error):
+        raise error
+
+    real = pathlib.Path(folder).resolve()
+    seen, files, others = set(real.parents), [], []
+    for root, folders, names in os.walk(folder, followlinks=True, onerror=fail):
+        real = pathlib.Path(root).resolve()
+        folders[:] = sorted(name for name in folders if not name.startswith(".") and real not in seen)
+        if real in seen:
+            continue
+        seen.add(real)
+        for name in names:
+            is_image = name.lower().endswith(IMAGE_SUFFIXES) and not name.startswith(".")
+            (files if is_image else others).append((root, name))
+    return [[os.path.join(*place) for place in sorted(places)] for places in (files, others)]
 
 
 def _one_line(error):

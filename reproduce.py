@@ -246,8 +246,8 @@ def run(cells, slots, minutes=None):
                         waiting.append(cell)
                     except StopIteration:  # it is finished, or was stopped
                         bar.update()
-                    except (ValueError, OSError) as error:
-                        failed[cell] = str(error)
+                    except Exception as error:  # whatever it is, the other cells go on
+                        failed[cell] = str(error) or type(error).__name__
                         bar.write(f"failed: {cell}", file=sys.stderr)
                         bar.update()
                     del at_work[cell]
@@ -444,6 +444,8 @@ def commands_left(cell):
     """Return the commands that finish a cell. Raise ValueError if its run directory holds a run of another recipe, a
     damaged one, or not the model of the results that are there."""
     missing, _ = missing_and_differing(cell)
+    if not missing:
+        return []
     for path in cell.evaluations().keys() - missing.keys():
         if not has_model(cell, path):
             raise ValueError(f"{path} is of a model that is not in {cell.run}: move it away, or use --results-dir")

@@ -556,3 +556,22 @@ def test_the_report_by_hand(stubs, capsys):
     assert "| 2 seeds, 200 images |" in out
     assert "| eps0.025-alpha1 - eps0.025-alpha0 | PGD-20 | -25.00 (" in out and "| images of seed 1 alone |" in out
     assert "not finished: 6 of its cells" in out
+
+
+def test_a_finished_cell_needs_no_run_directory(tmp_path, monkeypatch):
+    shutil.copytree(ROOT / "results/table3-digits", tmp_path / "results/table3-digits")
+    monkeypatch.chdir(tmp_path)
+    assert reproduce.commands_left(reproduce.Cell("table3", "digits", "madry", 1)) == []
+
+
+def test_the_other_cells_go_on_whatever_one_fails_by(monkeypatch):
+    def finish(cell, slot, stopped):
+        yield
+        if cell.row == "madry":
+            raise KeyError("args")
+        done.append(cell.row)
+
+    done = []
+    monkeypatch.setattr(reproduce, "finish", finish)
+    cells = [reproduce.Cell("table3", "digits", row, 1) for row in ("madry", "mart")]
+    assert reproduce.run(cells, [{}, {}]) == ({cells[0]: "'args'"}, None) and done == ["mart"]
