@@ -57,6 +57,26 @@ def says(p, y, names, who=""):
     return [(f"{who}{names[k]} {100 * row[k]:.0f} %", k == true) for row, k, true in of_each]
 
 
+def seen(found, **judges):
+    """The probabilities {attack: {who: (n, K)}} that the models, who=model, give to the images {attack: images}."""
+    return {name: {who: predictions(model, images) for who, model in judges.items()} for name, images in found.items()}
+
+
+def count_right(p, y):
+    """Print on how many images each model is right after each attack. p: of `seen`."""
+    for name, by in p.items():
+        right = [f"the {who} model is right on {(of.argmax(1) == y).sum()} of {len(y)}" for who, of in by.items()]
+        print(f"~ {name}: {', '.join(right)}")
+
+
+def compared(found, p, y, names, drawn):
+    """Draw some of the images after each attack, with what the models of `seen` say of each."""
+    columns = [(name, images[drawn], [says(of[drawn], y[drawn], names, f"{who}: ") for who, of in p[name].items()])
+               for name, images in found.items()]
+    return grid([names[k] for k in y[drawn]], columns, "Attacked: Madry's ResNet-18. Second: MART + SPAT 0.3, "
+                "ResNet-18. One seed each. Orange: not the true class.")
+
+
 def source(function):
     """Print a function as it stands in the repository."""
     print(inspect.getsource(function))

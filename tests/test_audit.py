@@ -193,7 +193,7 @@ def test_what_a_file_leaves_open_is_said(model_path, tmp_path, monkeypatch, caps
     result, _ = run(tmp_path / "m.pt", monkeypatch, None, "--dataset", "digits", "--oracle", str(model_path))
     assert checkpoints.ASSUMED in result["model"]["notes"] and "did you mean" in result["model"]["notes"][1]
     assert capsys.readouterr().err.count("did you mean --normalize 0.4914") == 1 and result["oracle"]["notes"] == []
-    result, _ = run(model_path, monkeypatch, None, "--num-images", "200", "--oracle", str(tmp_path / "m.pt"))
+    result, _ = run(model_path, monkeypatch, None, "--num-images", "100", "--oracle", str(tmp_path / "m.pt"))
     assert result["model"]["notes"] == ["trained at ε 0.01, attacked at ε 0.02"]
     assert "did you mean" in result["oracle"]["notes"][1]
     capsys.readouterr()

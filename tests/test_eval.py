@@ -479,17 +479,17 @@ def test_the_other_preactivation_block(tmp_path, monkeypatch, capsys):
         if isinstance(module, torch.nn.BatchNorm2d):
             module.momentum = 1.0
     with torch.no_grad():
-        net(data.to_float(train.images[:200]))
-        net.eval()(data.to_float(train.images[:200]))
-        net.linear.weight[:] = torch.linalg.lstsq(features[1], F.one_hot(train.labels[:200]).float(), driver="gelsd"
+        net(data.to_float(train.images[:100]))
+        net.eval()(data.to_float(train.images[:100]))
+        net.linear.weight[:] = torch.linalg.lstsq(features[1], F.one_hot(train.labels[:100]).float(), driver="gelsd"
                                                   ).solution.T
         net.linear.bias.zero_()
-        right = (net(data.to_float(test.images[:100])).argmax(1) == test.labels[:100]).sum().item()
+        right = (net(data.to_float(test.images[:50])).argmax(1) == test.labels[:50]).sum().item()
     monkeypatch.undo()
     torch.save({"module." + key: value for key, value in net.state_dict().items()}, tmp_path / "m.pt")
-    flags = ["--dataset", "digits", "--num-images", "100", "--normalize", "0,0,0", "1,1,1"]
+    flags = ["--dataset", "digits", "--num-images", "50", "--normalize", "0,0,0", "1,1,1"]
     correct, model = natural(tmp_path / "m.pt", *flags, "--arch", "preact-resnet-18-x")
-    assert correct == right > 60 and model["notes"] == []
+    assert correct == right > 30 and model["notes"] == []
     correct, _ = natural(tmp_path / "m.pt", *flags)
     assert correct < right - 10
     assert "it needs --arch preact-resnet-18-x" in capsys.readouterr().err

@@ -189,7 +189,7 @@ def test_passes_for_batches_of_many_sizes_are_all_compiled(monkeypatch):
 
 @pytest.mark.parametrize("flags", [
     ["standard"], ["madry"], ["trades"], ["mart", "--spat-alpha", "0.3"], ["madry", "--early-stop", "1"]], ids=" ".join)
-def test_recorded_training_is_the_eager_one(flags, tmp_path, monkeypatch):
+def test_recorded_training_is_the_eager_one(flags, tmp_path, monkeypatch, no_curves):
     """To the bit, with a stand-in that overwrites what it handed out: so nothing is kept that a CUDA graph overwrites,
     no learning rate is recorded, and what is recorded is recorded once."""
     argv = ["--defense", *flags, *TINY, "--lr-schedule", "onecycle"]
@@ -208,7 +208,7 @@ def test_recorded_training_is_the_eager_one(flags, tmp_path, monkeypatch):
 def test_recorded_evaluation_is_the_eager_one(flags, model_path, tmp_path, monkeypatch):
     """A row of bf16 may have one of float32 in between: the margin with κ 0."""
     argv = ["--model-path", model_path, "--attacks", "natural", "fgsm", "pgd", "cw", "pgd-kl", "pgd-ls",
-            "--alphas", 0, 1, "--kappas", 50, 0, "--num-images", 12, "--batch-size", 8, "--num-steps", 2,
+            "--alphas", 0, 1, "--kappas", 50, 0, "--num-images", 6, "--batch-size", 4, "--num-steps", 2,
             "--cw-steps", 2, "--precision", "fp32", "--save-examples", tmp_path / "e.npz", "--save-images", *flags]
     found = []
     monkeypatch.setattr(torch, "compile", lambda function, **_: lambda *inputs: function(*inputs))
