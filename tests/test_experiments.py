@@ -1,6 +1,7 @@
 """EXPERIMENTS.md and the README: every `python` command is accepted by its script, every training makes a step, every
 link leads somewhere. What reproduce.py runs: test_reproduce.py."""
 
+import json
 import pathlib
 import re
 import shlex
@@ -19,7 +20,7 @@ import pseudo_label
 import reproduce
 import train_cifar
 
-ROOT = pathlib.Path(__file__).parent.parent
+ROOT = pathlib.Path(__file__).resolve().parent.parent
 TEXTS = {name: (ROOT / name).read_text() for name in (
     "EXPERIMENTS.md", "README.md", "docs/departures.md", "docs/guarantees.md")}
 PARSERS = {"eval_attacks.py": eval_attacks.parse_args, "audit.py": audit.parse_args, "bench.py": bench.parse_args,
@@ -42,14 +43,20 @@ def anchor(heading):
     return re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-")
 
 
-@pytest.mark.parametrize("name", TEXTS)
+def text_of_notebook(path):
+    return "\n".join("".join(cell["source"]) for cell in json.loads(path.read_text())["cells"])
+
+
+@pytest.mark.parametrize("name", [*TEXTS, *(f"notebooks/{path.name}" for path in ROOT.glob("notebooks/*.ipynb"))])
 def test_every_link_leads_somewhere(name):
-    anchors = {path: list(map(anchor, re.findall(r"^#+ (.*)$", text, re.M))) for path, text in TEXTS.items()}
-    links = [link for link in re.findall(r"\]\(([^)]+)\)", TEXTS[name]) if not link.startswith("http")]
-    assert len(links) > 5 or name.startswith("docs/")
+    anchors = {ROOT / path: list(map(anchor, re.findall(r"^#+ (.*)$", text, re.M))) for path, text in TEXTS.items()}
+    text = TEXTS[name] if name in TEXTS else text_of_notebook(ROOT / name)
+    links = [link for link in re.findall(r"\]\(([^)]+)\)", text) if not link.startswith("http")]
+    assert len(links) > 5 or "/" in name
     for path, _, heading in (link.partition("#") for link in links):
-        assert ((ROOT / name).parent / path).exists(), path
-        assert not heading or heading in anchors[path or name], heading
+        place = ((ROOT / name).parent / path if path else ROOT / name).resolve()
+        assert place.exists(), path
+        assert not heading or heading in anchors[place], heading
 
 
 def test_the_python_of_the_readme_runs(monkeypatch):
