@@ -51,7 +51,7 @@ def main(argv=None):
         device = runtime.pick_device(args.device)
         model, info, test, dataset = eval_attacks.load(args)
         attacks.check_autoattack(info["num_classes"])
-        oracle, oracle_info = load_oracle(args.oracle, device, info, dataset) if args.oracle else (None, None)
+        oracle, oracle_info = load_oracle(args.oracle, device, info, dataset, test) if args.oracle else (None, None)
         eval_attacks.say_notes(model, info, device, test.images, test.labels)
         if oracle:
             eval_attacks.say_notes(oracle, oracle_info, device, test.images, test.labels)
@@ -77,13 +77,17 @@ def main(argv=None):
     return result
 
 
-def load_oracle(path, device, info, dataset):
-    """Return (model, info) of the oracle's file. Raise ValueError if it is the model itself or of another data set."""
+def load_oracle(path, device, info, dataset, test):
+    """Return (model, info) of the oracle's file. Raise ValueError if it is the model itself, of another data set, or
+    does not number the classes as `test` does."""
     oracle, oracle_info = checkpoints.load_model(path, device, num_classes=info["num_classes"])
     if oracle_info["sha256"] == info["sha256"]:
         raise ValueError("--oracle is the model itself: a second, separately trained one is needed")
     if "args" in oracle_info and oracle_info["args"]["dataset"] != dataset:
         raise ValueError(f"--oracle was trained on {oracle_info['args']['dataset']}, not on {dataset}")
+    data.check_size(test.images, dataset, oracle_info)
+    if (oracle_info.get("classes") or test.classes) != test.classes:
+        raise ValueError("--oracle has other classes than the model, or in another order")
     return oracle, oracle_info
 
 
@@ -235,7 +239,7 @@ CHECKS = {  # name: (the check, what its numbers are, what it means where it spe
 
 
 def share(mask):
-    return mask.float().mean().item()
+    return mask.double().mean().item()  # so that equal counts give equal shares
 
 
 def never_raised(masks):
@@ -275,7 +279,7 @@ def judged(source, oracle, name, attack, epsilon=None):
     fooled = (source.logits(attack, x_adv=x_adv).argmax(1) != y).cpu()
     seen = source.logits(lambda x, y, indices: x_adv[indices], oracle)
     agrees, delta = (seen.argmax(1) == y).cpu(), (x_adv - x).flatten(1)
-    return {"name": name, "epsilon": epsilon, "source_accuracy": 1 - share(fooled), "oracle_agrees": share(agrees),
+    return {"name": name, "epsilon": epsilon, "source_accuracy": share(~fooled), "oracle_agrees": share(agrees),
             "oracle_agrees_where_source_fails": share(agrees[fooled]) if fooled.any() else None,
             "oracle_p_true": losses.p_true(seen, y).mean().item(), "l_inf": delta.abs().amax(1).mean().item(),
             "l2": delta.norm(dim=1).mean().item(), "at_edge": share(delta.abs() >= epsilon - 1e-6)}, agrees

@@ -10,6 +10,7 @@ one side after the other, each freed before the next. GPU time is that of the ke
 import functools
 import gc
 import statistics
+import sys
 
 import torch
 import torch.nn.functional as F
@@ -54,8 +55,11 @@ def main(argv=None):
               "command": eval_attacks.command("bench.py", argv),
               "settings": {k: v for k, v in vars(args).items() if isinstance(v, str | int)}}
     args.precision, _ = runtime.pick_precision(args.precision, args.torch_device)
-    with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):  # by default eager code is run, and timed
-        result["rows"] = measure(args)
+    try:
+        with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):  # by default eager code is run, and timed
+            result["rows"] = measure(args)
+    except runtime.FAULTS as error:
+        sys.exit(f"bench.py: {error}")
     print(f"{result['device']}, torch {torch.__version__}: {args.arch}, {args.defense}, batch {args.batch_size}, "
           f"PGD-{args.num_steps}; evaluation PGD-{args.eval_steps}, batch {args.eval_batch_size}")
     print(table(result["rows"]))
@@ -128,7 +132,7 @@ def table(rows):
 def sides_of(args):
     """Return the functions that build the sides to be timed."""
     auto = "graphs" if args.torch_device.type == "cuda" else "on"
-    last = auto if args.compile == "auto" else args.compile
+    last = auto if args.compile in ("auto", "graphs") else args.compile  # a CPU has no CUDA graphs
     levels = list(LEVELS)[: list(LEVELS).index(last) + 1]
     sides = [functools.partial(textbook, args)]
     if args.precision == "bf16":

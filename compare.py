@@ -34,7 +34,8 @@ def main(argv=None):
     except ValueError as error:
         parser.error(error)
     for letter, path, result in (("A", args.a, first), ("B", args.b, second)):
-        print(f"{letter} {path}, crafted in {result.get('precision', 'unknown precision')}")
+        tf32 = " (TF32 in convolutions)" if result.get("tf32") else ""
+        print(f"{letter} {path}, crafted in {result.get('precision', 'unknown precision')}{tf32}")
     print(f"B - A in points, {first['n']} images of {first['model']['dataset']}\n")
     print(f"{'attack':<16}{'A':>8}{'B':>8}{'B - A':>9}   95 % interval    gained   lost   McNemar's p")
     before, after = ({row["name"]: row for row in result["attacks"]} for result in (first, second))
@@ -55,14 +56,23 @@ def paired_differences(first, second):
     """Return {attack's name: paired_difference} of the attacks that two results share, by name and parameters. Raise
     ValueError if they are not of the same images, or share no attack."""
     check_images(first, second)
-    after, differences = {row["name"]: row for row in second["attacks"]}, {}
-    for row in first["attacks"]:
-        other = after.get(row["name"])
-        if other and eval_attacks.settings(row) == eval_attacks.settings(other):
-            differences[row["name"]] = paired_difference(*map(eval_attacks.correct_mask, (row, other)))
+    before, after = ({row["name"]: row for row in result["attacks"]} for result in (first, second))
+    differences = {
+        name: paired_difference(*(eval_attacks.correct_mask(rows[name]) for rows in (before, after)))
+        for name in before if are_equal(name, before, after)}
     if not differences:
         raise ValueError("the two files share no attack with the same parameters")
     return differences
+
+
+def are_equal(name, before, after):
+    """Return whether two {name: entry} have the attack of this name with the same parameters, and so the attacks that
+    its entry builds on: those of a worst case, or those whose images --pool left out."""
+    if name not in before or name not in after:
+        return False
+    settings, others = (eval_attacks.settings(rows[name]) for rows in (before, after))
+    built_on = [*settings.get("of", []), *settings.get("pool", [])]
+    return settings == others and all(are_equal(each, before, after) for each in built_on)
 
 
 def check_images(first, second):
@@ -196,8 +206,9 @@ def table(lines):
 def cell_text(entry):
     """Return an accuracy as in "56.10 ± 0.31 [57.32]"; entry: one of a summary's "rows"."""
     low, high = entry["interval"]
+    half = max(entry["mean"] - low, high - entry["mean"])  # one of them ends at 1, where two seeds differ much
     paper = "" if entry["paper"] is None else f" [{entry['paper']:.2f}]"
-    return f"{100 * entry['mean']:.2f} ± {50 * (high - low):.2f}{paper}"
+    return f"{100 * entry['mean']:.2f} ± {100 * half:.2f}{paper}"
 
 
 def in_words(result, before_p=" | "):

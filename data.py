@@ -149,7 +149,8 @@ def fingerprint(dataset):
     for every order of the classes and wherever the files lie."""
     named = [dataset.classes[label] for label in dataset.labels.tolist()]
     digest = hashlib.sha256(repr((list(dataset.images.shape), sorted(dataset.classes), named)).encode())
-    digest.update(np.ascontiguousarray(dataset.images.permute(0, 2, 3, 1).cpu().numpy()))
+    for part in dataset.images.split(10_000):  # a copy of all may be 1.5 GB
+        digest.update(np.ascontiguousarray(part.permute(0, 2, 3, 1).cpu().numpy()))
     return digest.hexdigest()
 
 
@@ -257,19 +258,14 @@ def as_images(path, arrays):
     return images if images.shape[1] == 3 else images.permute(0, 3, 1, 2)
 
 
-def _images_with(path, arrays, name):
-    """Return a file's images as as_images does, and its array of that name. Raise ValueError unless that is an integer
-    for each image."""
-    images, array = as_images(path, arrays), arrays[name]
-    if array.dtype.kind not in "iu" or array.shape != (len(images),):
-        raise ValueError(f"{path}: `{name}` is {array.dtype} {array.shape}, not {len(images)} integers")
-    return images, array
-
-
 def pseudo_labelled(path, arrays, like):
     """Return the data set `like` with a file's `data` and `extrapolated_targets` (RST's names) as its aux. Raise
-    ValueError if they do not fit it. arrays: what the file at `path` holds."""
-    images, labels = _images_with(path, arrays, "extrapolated_targets")
+    ValueError if they do not fit it. arrays: what the file at `path` holds, `classes` if pseudo_label.py wrote it."""
+    images, labels = as_images(path, arrays), arrays["extrapolated_targets"]
+    if labels.dtype.kind not in "iu" or labels.shape != (len(images),):
+        raise ValueError(f"{path}: `extrapolated_targets` is {labels.dtype} {labels.shape}, not {len(images)} integers")
+    if "classes" in arrays and arrays["classes"].tolist() != like.classes:
+        raise ValueError(f"{path}: its labels are of other classes, or in another order: {arrays['classes'].tolist()}")
     if labels.min() < 0 or labels.max() >= len(like.classes):
         raise ValueError(f"{path}: labels from {labels.min()} to {labels.max()}, not 0 to {len(like.classes) - 1}")
     if images.shape[1:] != like.images.shape[1:]:
@@ -277,18 +273,15 @@ def pseudo_labelled(path, arrays, like):
     return like._replace(aux=Dataset(images, torch.from_numpy(labels.astype(np.int64)), like.classes))
 
 
-def check_leak(path, arrays, dataset, val_size):
-    """Raise ValueError if a file's images are among those that split() holds out of a data set, by the places in it
-    that pseudo_label.py writes down. Where the pixels differ, the file is of another data set."""
-    if "training_indices" not in arrays:
+def check_leak(path, aux, held_out):
+    """Raise ValueError if any of a file's images, aux, is one of the held-out images, to the last pixel."""
+    if len(held_out.labels) == 0:
         return
-    images, places = _images_with(path, arrays, "training_indices")
-    held_out = np.isin(places, permutation(len(dataset.labels), _SPLIT)[:val_size].numpy())
-    theirs = dataset.images[torch.from_numpy(places[held_out].astype(np.int64))]
-    same = (images[torch.from_numpy(held_out)] == theirs).flatten(1).all(1).sum().item()
+    theirs = {image.tobytes() for image in held_out.images.permute(0, 2, 3, 1).numpy()}
+    same = sum(image.tobytes() in theirs for image in aux.images.permute(0, 2, 3, 1).numpy())
     if same:
-        raise ValueError(f"{path} holds {same} of the {val_size} held-out images, which would choose best.pt: train "
-                         "with --val-size 0, or leave them out of the file")
+        raise ValueError(f"{path} holds {same} of the {len(held_out.labels)} held-out images, which would choose "
+                         "best.pt: train with --val-size 0, or leave them out of the file")
 
 
 def split(dataset, val_size, limit=None):

@@ -4,8 +4,7 @@
 
 IN: an .npz or a pickle with the array `data` (uint8, N x 32 x 32 x 3 or N x 3 x 32 x 32), or a folder of images of one
 size. OUT.npz: `data` as it was and `extrapolated_targets`, for train_cifar.py --aux-data. Without images of one's own:
---dataset cifar10 --skip 10000 labels the training images that --limit-train 10000 --val-size 0 leaves out, and writes
-their places in `training_indices`, so that train_cifar.py can tell which of them it holds out.
+--dataset cifar10 --skip 10000 labels the training images that --limit-train 10000 --val-size 0 leaves out.
 """
 
 import pathlib
@@ -48,7 +47,9 @@ def main(argv=None):
         device = runtime.pick_device(args.device)
         model, info = checkpoints.load_model(args.model_path, arch=args.arch, normalize=args.normalize,
                                              weights=args.weights)
-        pixels, true = training_images(args) if args.dataset else (read_images(pathlib.Path(args.images)), None)
+        if args.images and args.skip:
+            raise ValueError("--skip goes with --dataset")
+        pixels, true = training_images(args, info) if args.dataset else (read_images(pathlib.Path(args.images)), None)
         images = data.as_images(source, {"data": pixels})
         data.check_size(images, source, info)
         eval_attacks.say_notes(model, info, device, images, true)
@@ -60,8 +61,8 @@ def main(argv=None):
             logits = eval_attacks.attacked_logits(model, images, None, batch_size=args.batch_size, progress=bar.update)
         labels = logits.argmax(1).cpu()
         arrays = {"data": pixels, "extrapolated_targets": labels.numpy()}
-        if args.dataset:
-            arrays["training_indices"] = np.arange(args.skip, args.skip + len(images))
+        if info.get("classes"):  # a file of another project does not say
+            arrays["classes"] = np.array(info["classes"])
         checkpoints.write_atomically(output, lambda file: np.savez(file, **arrays))
     except (FloatingPointError, *runtime.FAULTS) as error:
         sys.exit(f"{parser.prog}: {error}")
@@ -70,9 +71,10 @@ def main(argv=None):
     print(f"{output}: {len(images)} images; images a class: {counts}{right}")
 
 
-def training_images(args):
-    """Return the array `data` and the true labels of --dataset without its first --skip. Raise ValueError."""
-    dataset = data.load(args.dataset, args.data_dir)
+def training_images(args, info):
+    """Return the array `data` and the true labels of --dataset without its first --skip. Raise ValueError, also where
+    its classes are not the model's; info: of checkpoints.load_model."""
+    dataset = data.fitted(data.load(args.dataset, args.data_dir), args.dataset, info)
     if args.skip >= len(dataset.labels):
         raise ValueError(f"--skip {args.skip} leaves none of the {len(dataset.labels)} images of {args.dataset}")
     return dataset.images[args.skip:].permute(0, 2, 3, 1).numpy(), dataset.labels[args.skip:]
@@ -85,6 +87,8 @@ def read_images(path):
     files = sorted(file for file in path.iterdir() if file.suffix.lower() in data.IMAGE_SUFFIXES)
     if not files:
         raise ValueError(f"{path} holds no images ({', '.join(data.IMAGE_SUFFIXES)})")
+    if others := len(list(path.iterdir())) - len(files):
+        print(f"{path}: {others} other files and folders are left out", file=sys.stderr)
     return data.read_image_files(files)
 
 

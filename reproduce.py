@@ -187,7 +187,7 @@ def parse_args(argv=None):
     add("target", nargs="?", choices=[*TARGETS, "all"], metavar="TARGET", help=f"{', '.join(TARGETS)}, or all")
     add("--scale", choices=SCALES, help="digits: a minute a cell, offline, without table3-cifar100; confident: four "
         "classes that the models are sure of, table3 alone; cpu: hours; gpu: one H100, table3 alone; paper: its own")
-    add("--seeds", nargs="+", type=runtime.natural_int, metavar="S", help="default: 1; confident: 1 to 5")
+    add("--seeds", nargs="+", type=runtime.natural_int, metavar="S", help="default: 1; fat: 1 to 10; confident: 1 to 5")
     add("--cell", type=runtime.positive_int, metavar="N", help="the N-th cell alone, from 1: seed by seed, row by row "
         "(table4's labeller first)")
     add("--jobs", type=runtime.positive_int, metavar="N", help="cells at once on a CPU (default: one a core, up to 4)")
@@ -202,7 +202,9 @@ def parse_args(argv=None):
     args.folders = args.data_dir, args.results_dir
     args.cells = []
     if args.keys and args.target and not args.report:
-        args.cells = cells_of(args.keys, args.seeds or RECIPES[args.keys[0]].seeds, *args.folders)
+        for key in args.keys:
+            args.cells += cells_of([key], args.seeds or RECIPES[key].seeds, *args.folders)
+        args.cells.sort(key=lambda cell: cell.seed)
     for wrong, why in (
         (bool(args.target) != bool(args.scale), "TARGET and --scale go together"),
         (not args.target and (args.report or args.dry_run or args.cell), "--report, --dry-run, --cell need a TARGET"),
@@ -371,7 +373,8 @@ class Cell(NamedTuple):
         commands = {}
         for end, flags in evaluate.items():
             path = self.path(self.results_dir, self.row, f"{end}.json")
-            commands[path] = self.command("eval_attacks.py", f"--model-path {self.run}/{flags} --json {path}")
+            words = self.command("eval_attacks.py", f"--model-path {self.run}/{flags}")
+            commands[path] = [*words, "--json", str(path)]  # a word of its own: the folder may have a space
         return commands
 
 
@@ -473,7 +476,8 @@ def entries_of(cell):
         args, result = eval_attacks.parse_args(command[1:])[1], eval_attacks.read(path)
         args.epsilon = args.epsilon or result["epsilon"]
         names = [name for name, _ in eval_attacks.attack_list(args)]
-        rows = [row for row in result["attacks"] if row["name"] in names]
+        by_name = {row["name"]: row for row in result["attacks"]}
+        rows = [by_name[name] for name in names]  # in the recipe's order, which the table's head has
         if not entries and sum(bool(row["params"]) for row in rows) > 1:
             rows.append(eval_attacks.worst_case(rows))  # of the recipe's attacks: the file may hold more
         of = ", best.pt" if args.model_path.endswith("best.pt") else ""

@@ -65,12 +65,12 @@ READ_EVERY = {"cpu": 1, "cuda": 10}  # steps: reading a number waits for the GPU
 Sums = collections.namedtuple("Sums", "loss natural robust confident easier sampled")  # tally's, sampled_shares'
 
 
-def train(args, checkpoint, train_set, val_set, device, stop=()):
+def train(args, checkpoint, train_set, val_set, images, device, stop=()):
     """Train from the first step, or from a checkpoint of the run, to the end or until `stop` is filled, and write what
-    comes of it into args.out_dir. Return whether the run is complete."""
+    comes of it into args.out_dir. Return whether the run is complete. images: the fingerprints of load_data."""
     torch.manual_seed(args.seed)  # for the initial weights; every later draw is a function of (seed, step)
     model = models.build_model(args.arch, len(train_set.classes)).to(device)
-    run = Run(args, model, train_set, checkpoint)
+    run = Run(args, model, train_set, images, checkpoint)
     forward = training_pass(run, train_set, stop, strict=checkpoint is None)
     if forward is None:  # stopped while compiling: the directory stays as it was
         return False
@@ -204,13 +204,14 @@ class Run:
     """A training run after some of its steps: what is counted, logged, saved and restored. It holds no random state, as
     every draw is a function of (seed, step). Rank 0 alone writes. checkpoint: what to go on from, or None."""
 
-    def __init__(self, args, model, train_set, checkpoint=None):
-        self.args, self.model, self.train_set = args, model, train_set
+    def __init__(self, args, model, train_set, images, checkpoint=None):
+        self.args, self.model, self.train_set, self.images = args, model, train_set, images
         self.optimizer = build_optimizer(model, args)
         self.device, (self.rank, self.world) = train_set.images.device, runtime.rank_and_world()
         self.steps_per_epoch = math.ceil(len(train_set.labels) / args.batch_size)
         self.total_steps = args.epochs * self.steps_per_epoch
         self.step, self.rows, self.best, self.saved_step = 0, [], -1.0, None
+        self.timed = 0.0, 0  # seconds and steps of this epoch, which may have begun before the run was resumed
         self.sums = torch.zeros(len(Sums._fields), device=self.device)  # in their order
         if checkpoint is not None:
             model.load_state_dict(checkpoint["state_dict"])
@@ -218,6 +219,7 @@ class Run:
             self.step = self.saved_step = checkpoint["step"]
             self.rows, self.best = checkpoint["rows"], checkpoint["best"]
             self.sums = checkpoint["sums"].to(self.device)
+            self.timed = checkpoint.get("timed", self.timed)
             on = [self.device.type, self.world]
             if self.rank == 0 and checkpoint["on"] != on:
                 print(f"resumed on {on}, was on {checkpoint['on']}: no longer equal to the bit")
@@ -234,7 +236,8 @@ class Run:
         return {"format": checkpoints.FORMAT, "args": vars(self.args), "classes": self.train_set.classes,
                 "image_size": list(self.train_set.images.shape[2:]), "epoch": self.step // self.steps_per_epoch,
                 "state_dict": self.model.state_dict(), "optimizer": self.optimizer.state_dict(), "step": self.step,
-                "rows": self.rows, "best": self.best, "sums": self.sums, "on": [self.device.type, self.world]}
+                "rows": self.rows, "best": self.best, "sums": self.sums, "timed": self.timed, "images": self.images,
+                "on": [self.device.type, self.world]}
 
     def prepare_directory(self, checkpoint):
         """Write args.json, and save a new run, so that from its first step on it can be resumed.
@@ -252,7 +255,8 @@ class Run:
 
     def begin(self):
         """Start the first epoch's clock and return the progress bar."""
-        self.epoch_start, self.epoch_first_step = time.perf_counter(), self.step
+        seconds, steps = self.timed
+        self.epoch_start, self.epoch_first_step = time.perf_counter() - seconds, self.step - steps
         size = self.args.batch_size
         self.bar = tqdm(total=self.total_steps * size, initial=self.step * size, unit="img", unit_scale=True,
                         dynamic_ncols=True, mininterval=1.0, disable=self.rank > 0)
@@ -275,6 +279,7 @@ class Run:
         """Add a step to the sums; counts: (6,), this process's tally and shares."""
         self.sums += runtime.sum_over_processes(counts) / self.world
         self.step += 1
+        self.timed = time.perf_counter() - self.epoch_start, self.step - self.epoch_first_step
         self.bar.update(self.args.batch_size)
 
     def show(self):
@@ -309,7 +314,7 @@ class Run:
                 checkpoints.save(self.checkpoint() | {"optimizer": None}, pathlib.Path(self.args.out_dir, "best.pt"))
             write_log(self.args.out_dir, self.rows)
             self.bar.write(summary(self.rows, self.args, len(self.train_set.classes)))
-        self.epoch_start, self.epoch_first_step = time.perf_counter(), self.step
+        self.epoch_start, self.epoch_first_step, self.timed = time.perf_counter(), self.step, (0.0, 0)
         self.saved_step = None  # the row is new, even where no step is
         self.save()
 
@@ -459,8 +464,9 @@ def with_defaults(typed):
         raise ValueError(f"--defense is required: {', '.join(OUTER)}; with SPAT --defense mart --spat-alpha 0.3, say")
     dataset, recipe = (typed.get(name, DEFAULTS["all"][name]) for name in ("dataset", "recipe"))
     args = {}
+    of_dataset = (dataset, f"{dataset} {typed['defense']}") if data.is_named(dataset) else ()  # a folder may be "mart"
     for name, defaults in DEFAULTS.items():
-        if name in ("all", typed["defense"], dataset, f"{dataset} {typed['defense']}", f"recipe {recipe}"):
+        if name in ("all", typed["defense"], *of_dataset, f"recipe {recipe}"):
             args |= defaults
     args = argparse.Namespace(**args | typed)
     models.parse_arch(args.arch)
@@ -519,8 +525,8 @@ def new_or_resumed(typed):
 
 
 def load_data(args, checkpoint):
-    """Return (the images to train on, the ones held out). Raise ValueError or OSError where something is wrong with
-    either, or with the images of --aux-data. checkpoint: of the run, or None."""
+    """Return (the images to train on, the ones held out, {what: fingerprint} of both and of --aux-data). Raise
+    ValueError or OSError where something is wrong with them, or they are not the run's. checkpoint: of it, or None."""
     dataset = data.load(args.dataset, args.data_dir, train=True)
     if checkpoint is not None:
         dataset = data.fitted(dataset, args.dataset, checkpoint)
@@ -528,10 +534,15 @@ def load_data(args, checkpoint):
         dataset = dataset._replace(mirror=args.mirror)
     train_set, val_set = data.split(dataset, args.val_size, args.limit_train)
     if args.aux_data:
-        arrays = checkpoints.load_arrays(args.aux_data, optional=["training_indices"])
+        arrays = checkpoints.load_arrays(args.aux_data, optional=["classes"])
         train_set = data.pseudo_labelled(args.aux_data, arrays, train_set)
-        data.check_leak(args.aux_data, arrays, dataset, args.val_size)
-    return train_set, val_set
+        data.check_leak(args.aux_data, train_set.aux, val_set)
+    parts = {"the images to train on": train_set, "the held-out images": val_set, "--aux-data": train_set.aux}
+    images = {what: data.fingerprint(part) for what, part in parts.items() if part is not None}
+    for what, now in images.items():
+        if checkpoint is not None and checkpoint.get("images", images)[what] != now:  # an older run does not say
+            raise ValueError(f"--resume: {what} are no longer those that the run in {args.out_dir} began with")
+    return train_set, val_set, images
 
 
 def what_next(args, complete):
@@ -552,7 +563,7 @@ def main(argv=None):
             device, rank, world = stack.enter_context(runtime.join_job(args.device))
             if args.batch_size % world:
                 raise ValueError(f"--batch-size {args.batch_size} cannot be split evenly over {world} processes")
-            train_set, val_set = load_data(args, checkpoint)
+            train_set, val_set, images = load_data(args, checkpoint)
             runtime.barrier()  # nobody has found anything wrong
             if rank == 0:
                 stack.enter_context(runtime.run_lock(args.out_dir))
@@ -563,7 +574,7 @@ def main(argv=None):
             parser.error(error)
         stop = stack.enter_context(runtime.deferred_signals(STOPPING if rank == 0 else ""))
         try:
-            complete = train(args, checkpoint, train_set.to(device), val_set.to(device), device, stop)
+            complete = train(args, checkpoint, train_set.to(device), val_set.to(device), images, device, stop)
         except (FloatingPointError, *runtime.FAULTS) as error:
             left = " and ".join(map(str, checkpoints.of_run(args.out_dir)))
             left = f"the last checkpoints are {left}" if left else "no checkpoint was written yet"

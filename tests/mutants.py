@@ -241,7 +241,7 @@ MUTANTS = {  # name: (snippet, replacement, *the tests that must fail)
         "float(cheap.mean() + error.mean())", "float(cheap.mean())",
         "test_compare.py::test_the_difference_estimator_of_all_images_is_the_paired_difference"),
     "other parameters are compared all the same": (
-        "if other and eval_attacks.settings(row) == eval_attacks.settings(other):", "if other:",
+        "return settings == others and all(", "return all(",
         "test_compare.py::test_attacks_with_other_parameters_are_left_out_and_named"),
     "a cell may mix two models": (
         "if sha256 != first:", "if False:",

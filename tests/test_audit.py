@@ -173,6 +173,26 @@ def test_a_radius_that_no_weaker_attack_matches(model_path, monkeypatch):
         assert audit.matched_radius(source, 1.0, halvings=2) == (audit.Fraction("0.0025"), True)
 
 
+def test_the_radius_of_an_attack_as_strong_is_found_whatever_the_count(model_path):
+    """1 - 12/100 and 88/100 differ in floats."""
+    model, _ = checkpoints.load_model(model_path)
+    _, args = audit.parse_args(["--model-path", "m.pt", "--epsilon", "0.02"])
+    for n in (9, 10, 11, 13):
+        source = audit.Source(model, model, data.load("digits", train=False).subset(slice(n)), args)
+        with models.frozen(model):
+            row, _ = audit.judged(source, model, "PGD-CE", source.pgd(epsilon="0.01"))
+            assert audit.matched_radius(source, row["source_accuracy"], halvings=1) == (audit.Fraction("0.01"), True)
+
+
+def test_an_oracle_that_numbers_the_classes_otherwise_is_refused(model_path, tmp_path, capsys):
+    content = checkpoints.load(model_path)
+    content["classes"] = content["classes"][::-1]
+    content["state_dict"] |= {key: content["state_dict"][key].flip(0) for key in ("fc.weight", "fc.bias")}
+    checkpoints.save(content, tmp_path / "o.pt")
+    argv = ["--model-path", model_path, "--oracle", tmp_path / "o.pt"]
+    assert "in another order" in fails_in_one_line(audit.main, argv, capsys)
+
+
 def test_bad_input(model_path, tmp_path, capsys):
     content = checkpoints.load(model_path)
     content["args"] = content["args"] | {"dataset": "cifar10"}

@@ -77,9 +77,19 @@ def test_a_failing_compiler_is_no_row(monkeypatch):
         bench.main([*SMALL[:-1], "on", "--precision", "fp32"])
 
 
+def test_a_gpu_out_of_memory_ends_in_one_line(monkeypatch):
+    def full(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(bench, "time_row", full)
+    with pytest.raises(SystemExit, match="^bench.py: CUDA out of memory$"):
+        bench.main([*SMALL, "--precision", "fp32"])
+
+
 @pytest.mark.parametrize("device, flags, sides", [
     ("cpu", [], ["bf16 off", "bf16 on"]), ("cuda", [], ["bf16 off", "bf16 on", "bf16 graphs"]),
-    ("cuda", ["--compile", "on"], ["bf16 off", "bf16 on"]), ("cpu", ["--compile", "off"], ["bf16 off"])])
+    ("cuda", ["--compile", "on"], ["bf16 off", "bf16 on"]), ("cpu", ["--compile", "off"], ["bf16 off"]),
+    ("cpu", ["--compile", "graphs"], ["bf16 off", "bf16 on"])])
 def test_the_sides(device, flags, sides):
     """The last one is held against float32 too."""
     args = bench.parse_args([*SMALL[:-2], "--precision", "bf16", *flags])

@@ -187,6 +187,26 @@ def test_attacks_with_other_parameters_are_left_out_and_named(results, capsys):
     assert "with other parameters: Worst case" in printed and "B.json, crafted in of 20" in printed
 
 
+@pytest.mark.parametrize("name, params", [
+    ("Worst case", {"of": ["CW-inf"]}), ("FGSM", {"pool": ["Natural", "CW-inf"]})])
+def test_what_builds_on_attacks_with_other_parameters_is_left_out(results, name, params, capsys):
+    """Their own parameters hold the names of these attacks alone."""
+    for path, steps in zip(results, (20, 30), strict=True):
+        result = json.loads(path.read_text())
+        row = result["attacks"][0]
+        rows = {"Natural": {}, "CW-inf": {"num_steps": steps}, name: params}
+        result["attacks"] += [row | {"name": each, "params": of} for each, of in rows.items()]
+        path.write_text(json.dumps(result))
+    assert list(compare.main([str(path) for path in results])) == ["PGD-20", "Natural"]
+    assert f"with other parameters: CW-inf, {name}\n" in capsys.readouterr().out
+    assert list(compare.main([str(results[0])] * 2)) == ["PGD-20", "Natural", "CW-inf", name]
+
+
+def test_half_of_an_interval_that_ends_at_1_is_that_of_its_other_side():
+    entry = {"mean": 0.77, "interval": (0.17, 1.0), "paper": None}
+    assert compare.cell_text(entry) == "77.00 ± 60.00"
+
+
 def test_files_that_are_no_results(tmp_path, results, capsys):
     (tmp_path / "list.json").write_text("[1]")
     (tmp_path / "cut.json").write_text(results[0].read_text()[:100])

@@ -254,22 +254,23 @@ def test_in_a_fresh_clone_a_table_says_that_nothing_was_run(target, scale, cells
 
 
 def test_results_dir_keeps_results_apart(stubs, capsys):
+    """In a folder with a space."""
     cells = stubs(seven())
     for path in cells[0].evaluations():  # came with the repository
         path.parent.mkdir(parents=True)
         eval_attacks.write(path, made_result(cells[0], cells[0].evaluations()[path]))
     before = sorted(pathlib.Path("results").rglob("*"))
-    mine = [cell._replace(results_dir="mine") for cell in cells]
+    mine = [cell._replace(results_dir="my results") for cell in cells]
     made = json.loads(pathlib.Path("made.json").read_text())
     made |= {str(new): made[str(old)] for cell, own in zip(cells, mine, strict=True)
              for old, new in zip(cell.evaluations(), own.evaluations(), strict=True)}
     pathlib.Path("made.json").write_text(json.dumps(made))
-    assert ends([*TABLE3, "--results-dir", "mine"]) == 0
+    assert ends([*TABLE3, "--results-dir", "my results"]) == 0
     assert first_line(capsys) == f"Cells run now: 7; before: 0; {CAME}: 0"
     assert sorted(pathlib.Path("results").rglob("*")) == before
     assert all(path.exists() for cell in mine for path in cell.evaluations())
-    assert pathlib.Path("mine/table3-digits.json").exists()
-    reproduce.main(["--results-dir", "mine", "--seeds", "1"])
+    assert pathlib.Path("my results/table3-digits.json").exists()
+    reproduce.main(["--results-dir", "my results", "--seeds", "1"])
     assert re.search(r"^table3 +digits +7 +7 +0 +1; nothing$", capsys.readouterr().out, re.M)
 
 
@@ -359,6 +360,8 @@ def test_the_worst_case_is_of_the_recipes_attacks(stubs):
     result["attacks"] = [*result["attacks"][:-1], more, eval_attacks.worst_case([*result["attacks"][:-1], more])]
     path.write_text(json.dumps(result))
     assert reproduce.entries_of(cell) == before and before["Worst case"]["correct"] > 0
+    path.write_text(json.dumps(result | {"attacks": result["attacks"][::-1]}))
+    assert list(reproduce.entries_of(cell)) == list(before)  # the order of the table's head, whatever the file's
 
 
 def test_a_changed_recipe_is_named_and_not_mixed_in(stubs, monkeypatch, capsys):

@@ -4,12 +4,13 @@ import collections
 import io
 import pathlib
 import pickle
+import shutil
 import tracemalloc
 
 import numpy as np
 import pytest
 import torch
-from helpers import fails_in_one_line
+from helpers import digits_folder, fails_in_one_line
 from PIL import Image
 from test_eval import normalised_outside
 from test_train import TINY, arguments, run_until, without_times
@@ -260,25 +261,61 @@ def test_held_out_images_are_not_trained_on(tmp_path, capsys, monkeypatch):
         patch.setattr(models, "build_model", BUILD)
         pseudo_label.main([*label, "--skip", "300", "--output", str(tmp_path / "rest.npz")])
     held_out = data.permutation(1397, 1)[:100]
-    arrays = checkpoints.load_arrays(tmp_path / "rest.npz", optional=["training_indices"])
-    assert arrays["training_indices"].tolist() == list(range(300, 1397))
+    arrays, places = checkpoints.load_arrays(tmp_path / "rest.npz"), np.arange(300, 1397)
     flags = ["--defense", "trades", "--dataset", "digits", "--limit-train", "48", "--epochs", "1", "--num-steps", "1",
              "--precision", "fp32", "--compile", "off", "--aux-data"]
     capsys.readouterr()
     error = fails_in_one_line(train_cifar.main, [*flags, tmp_path / "rest.npz"], capsys)
     assert f"{(held_out >= 300).sum()} of the 100 held-out images" in error and "--val-size 0" in error
     train_cifar.main([*flags, str(tmp_path / "rest.npz"), "--val-size", "0", "--out-dir", str(tmp_path / "all")])
-    kept = ~np.isin(arrays["training_indices"], held_out)
+    kept = ~np.isin(places, held_out)
     np.savez(tmp_path / "kept.npz", **{name: values[kept] for name, values in arrays.items()})
     train_cifar.main([*flags, str(tmp_path / "kept.npz"), "--out-dir", str(tmp_path / "kept")])
-    other = made(1097) | {"training_indices": arrays["training_indices"]}  # of another data set: other pixels
-    np.savez(tmp_path / "other.npz", **other)
-    train_cifar.main([*flags, str(tmp_path / "other.npz"), "--out-dir", str(tmp_path / "other")])
+    channels_first = {name: values[::-1] for name, values in arrays.items()}  # wherever they lie, and however
+    channels_first["data"] = channels_first["data"].transpose(0, 3, 1, 2)
+    np.savez(tmp_path / "turned.npz", **channels_first)
     capsys.readouterr()
-    for wrong in (np.zeros(3, int), np.zeros(1097), np.zeros((1097, 1), int), np.array("x")):
-        np.savez(tmp_path / "wrong.npz", **arrays | {"training_indices": wrong})
-        error = fails_in_one_line(train_cifar.main, [*flags, tmp_path / "wrong.npz"], capsys)
-        assert "`training_indices` is" in error
+    again = fails_in_one_line(train_cifar.main, [*flags, tmp_path / "turned.npz"], capsys)
+    assert again == error.replace("rest", "turned")
+
+
+@pytest.mark.usefixtures("tiny_net")
+def test_labels_of_other_classes_are_refused(model_path, tmp_path, capsys, monkeypatch):
+    """Of a data set that the labelling model does not know, and of a file whose classes are not the run's."""
+    monkeypatch.setattr(models, "build_model", BUILD)
+    letters = digits_folder(tmp_path / "letters", rename="letter {}".format, n=200)
+    label = ["--model-path", model_path, "--dataset", letters, "--output", tmp_path / "o.npz"]
+    assert "has other classes than the model" in fails_in_one_line(pseudo_label.main, label, capsys)
+    np.savez(tmp_path / "in.npz", data=made()["data"])
+    label = ["--model-path", model_path, "--images", tmp_path / "in.npz", "--output", tmp_path / "o.npz"]
+    assert "--skip goes with --dataset" in fails_in_one_line(pseudo_label.main, [*label, "--skip", 3], capsys)
+    pseudo_label.main(list(map(str, label)))
+    assert checkpoints.load_arrays(tmp_path / "o.npz", ["classes"])["classes"].tolist() == list("0123456789")
+    capsys.readouterr()
+    argv = ["--defense", "madry", "--dataset", letters, "--arch", "wrn-10-1", "--epochs", "1", "--limit-train", "8",
+            "--num-steps", "1", "--val-size", "0", "--aux-data", tmp_path / "o.npz", "--out-dir", tmp_path / "run"]
+    assert "its labels are of other classes" in fails_in_one_line(train_cifar.main, argv, capsys)
+
+
+@pytest.mark.usefixtures("tiny_net")
+def test_a_resumed_run_needs_the_images_it_began_with(tmp_path, capsys):
+    """Of a folder with another image, and of --aux-data with another label."""
+    folder = digits_folder(tmp_path / "digits of mine")
+    np.savez(tmp_path / "aux.npz", **made())
+    argv = ["--defense", "madry", "--dataset", folder, "--arch", "wrn-10-1", "--val-size", "10", "--epochs", "1",
+            "--num-steps", "1", "--precision", "fp32", "--compile", "off", "--aux-data", tmp_path / "aux.npz",
+            "--out-dir", tmp_path / "run"]
+    train_cifar.main(list(map(str, argv)))
+    resume = ["--resume", "--out-dir", tmp_path / "run"]
+    train_cifar.main(list(map(str, resume)))
+    shutil.copy(next((folder / "train/3").iterdir()), folder / "train/3/new.png")
+    capsys.readouterr()
+    assert "the images to train on are no longer" in fails_in_one_line(train_cifar.main, resume, capsys)
+    (folder / "train/3/new.png").unlink()
+    arrays = made()
+    arrays["extrapolated_targets"][0] += 1
+    np.savez(tmp_path / "aux.npz", **arrays)
+    assert "--aux-data are no longer" in fails_in_one_line(train_cifar.main, resume, capsys)
 
 
 def test_what_pseudo_label_refuses(model_path, tmp_path, capsys):

@@ -42,6 +42,7 @@ def test_defaults_are_the_papers():
 
 @pytest.mark.parametrize("argv, expected", [
     (["--defense", "trades"], dict(beta=6.0, spat_alpha=None, weight_decay=7e-4)),
+    (["--defense", "trades", "--dataset", "mart"], dict(beta=6.0)),  # a folder of that name
     (["--defense", "mart", "--batch-size", "1"], dict(batch_size=1)),
     (["--defense", "trades", "--dataset", "cifar100"], dict(weight_decay=2e-4)),
     (["--defense", "madry", "--dataset", "cifar100"], dict(weight_decay=2e-4, beta=None)),
@@ -95,6 +96,7 @@ BAD = {  # name: (arguments, what the one line says)
     "bad arch": (["--defense", "mart", "--arch", "wrn-33-10"], "unknown architecture"),
     "alpha above 1": (["--defense", "mart", "--spat-alpha", "1.1"], "'1.1' is not a number in [0, 1]"),
     "alpha below 0": (["--defense", "mart", "--spat-alpha=-0.1"], "'-0.1' is not a number in [0, 1]"),
+    "epsilon below all floats": (["--defense", "mart", "--epsilon", "1e-400"], "'1e-400' is not a fraction or decimal"),
     "alpha nan": (["--defense", "mart", "--spat-alpha", "nan"], "'nan' is not a number in [0, 1]"),
     "alpha for standard": (["--defense", "standard", "--spat-alpha", "0.3"], "standard training has no attack"),
     "early stop for standard": (["--defense", "standard", "--early-stop", "0"], "standard training has no attack"),
@@ -275,6 +277,21 @@ def test_a_stopped_run_goes_on_to_the_same_end(tmp_path, monkeypatch, stop_after
     for name in ("last.pt", "best.pt"):
         whole, cut = (checkpoints.load(tmp_path / run / name)["state_dict"] for run in ("whole", "cut"))
         assert all(torch.equal(whole[key], cut[key]) for key in whole)
+
+
+@pytest.mark.usefixtures("tiny_net")
+def test_the_seconds_of_an_epoch_are_those_before_and_after_a_stop(tmp_path, monkeypatch):
+    argv = ["--defense", "madry", *TINY, "--save-minutes", "0", "--out-dir", str(tmp_path / "run")]
+    run_until(2, argv, monkeypatch)
+    last = checkpoints.load(tmp_path / "run/last.pt")
+    seconds, steps = last["timed"]
+    assert steps == last["step"] == 2 and 0 < seconds < 60
+    checkpoints.save(last | {"timed": (1000.0, steps)}, tmp_path / "run/last.pt")
+    train_cifar.main(["--resume", "--out-dir", str(tmp_path / "run")])
+    first, second = csv.DictReader(open(tmp_path / "run/log.csv"))
+    assert 1000 < float(first["seconds"]) < 1060 and float(second["seconds"]) < 60
+    assert float(first["images_per_s"]) == pytest.approx(48 / float(first["seconds"]), rel=1e-4)
+    assert checkpoints.load(tmp_path / "run/last.pt")["timed"] == (0.0, 0)
 
 
 def pretend_validation(natural, robust, monkeypatch):
