@@ -68,7 +68,8 @@ natural_float = _checked(float, lambda v: 0 <= v < math.inf, "a finite number of
 fraction_below_one = _checked(float, lambda v: 0 <= v < 1, "a number of 0 or more and below 1")
 unit_float = _checked(float, lambda v: 0 <= v <= 1, "a number in [0, 1]")
 # stays as given; not above 1, because images have values in [0, 1]
-ratio = _checked(str, lambda v: Fraction(v) <= 1 and float(Fraction(v)) > 0, "a fraction or decimal in (0, 1], such as 8/255 or 0.031")
+ratio = _checked(str, lambda v: Fraction(v) <= 1 and float(Fraction(v)) > 0,
+                 "a fraction or decimal in (0, 1], such as 8/255 or 0.031")
 three_numbers = _checked(lambda text: tuple(map(float, text.split(","))),
                          lambda v: len(v) == 3 and all(map(math.isfinite, v)), "three numbers, as in 0.5,0.5,0.5")
 
