@@ -85,9 +85,8 @@ def load_oracle(path, device, info, dataset, test):
         raise ValueError("--oracle is the model itself: a second, separately trained one is needed")
     if "args" in oracle_info and oracle_info["args"]["dataset"] != dataset:
         raise ValueError(f"--oracle was trained on {oracle_info['args']['dataset']}, not on {dataset}")
-    data.check_size(test.images, dataset, oracle_info)
-    if (oracle_info.get("classes") or test.classes) != test.classes:
-        raise ValueError("--oracle has other classes than the model, or in another order")
+    if data.fitted(test, dataset, oracle_info).classes != test.classes:
+        raise ValueError("--oracle has the model's classes in another order")
     return oracle, oracle_info
 
 

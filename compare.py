@@ -34,8 +34,7 @@ def main(argv=None):
     except ValueError as error:
         parser.error(error)
     for letter, path, result in (("A", args.a, first), ("B", args.b, second)):
-        tf32 = " (TF32 in convolutions)" if result.get("tf32") else ""
-        print(f"{letter} {path}, crafted in {result.get('precision', 'unknown precision')}{tf32}")
+        print(f"{letter} {path}, crafted in {eval_attacks.crafted_in(result)}")
     print(f"B - A in points, {first['n']} images of {first['model']['dataset']}\n")
     print(f"{'attack':<16}{'A':>8}{'B':>8}{'B - A':>9}   95 % interval    gained   lost   McNemar's p")
     before, after = ({row["name"]: row for row in result["attacks"]} for result in (first, second))

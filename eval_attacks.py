@@ -555,9 +555,15 @@ def spat_shares(natural, attacked, y, alpha=None):
     return {"share_made_easier": easier, "share_p_y_above_1_minus_alpha": confident}
 
 
+def crafted_in(result):
+    """Return in words what arithmetic a result's attacks crafted in."""
+    precision = result.get("precision", "unknown precision")
+    return f"{precision} (TF32 in convolutions)" if result.get("tf32") and precision == "fp32" else precision
+
+
 def table(result):
     """Return the result as text, for the screen."""
-    model, crafted = result["model"], f"attacks at ε {result['epsilon']} crafted in {result['precision']}"
+    model, crafted = result["model"], f"attacks at ε {result['epsilon']} crafted in {crafted_in(result)}"
     head = [f"{model['path']}: {model['arch']} on {model['dataset']}"]
     if model["defense"]:
         spat = "" if model["spat_alpha"] is None else f" + SPAT (α {model['spat_alpha']:g})"
@@ -568,9 +574,7 @@ def table(result):
     if model.get("weights"):
         head.append(f"its {model['weights']}")
     exact = [entry["name"] for entry in result["attacks"] if "after" in entry or "precision" in entry["params"]]
-    if result.get("tf32") and result["precision"] == "fp32":
-        crafted += " (TF32 in convolutions)"
-    elif exact and result["precision"] != "fp32":
+    if exact and result["precision"] != "fp32":
         crafted += f", {' and '.join(exact)} in fp32"
     if not result["complete"]:
         crafted += "; INCOMPLETE, it was stopped"

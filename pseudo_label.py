@@ -84,10 +84,11 @@ def read_images(path):
     """Return the array `data` of a file, or the images of a folder in the order of their names. Raise ValueError."""
     if not path.is_dir():
         return checkpoints.load_arrays(path, ["data"])["data"]
-    files = sorted(file for file in path.iterdir() if file.suffix.lower() in data.IMAGE_SUFFIXES)
+    entries = sorted(path.iterdir())
+    files = [file for file in entries if file.suffix.lower() in data.IMAGE_SUFFIXES]
     if not files:
         raise ValueError(f"{path} holds no images ({', '.join(data.IMAGE_SUFFIXES)})")
-    if others := len(list(path.iterdir())) - len(files):
+    if others := len(entries) - len(files):
         print(f"{path}: {others} other files and folders are left out", file=sys.stderr)
     return data.read_image_files(files)
 

@@ -255,8 +255,7 @@ class Run:
 
     def begin(self):
         """Start the first epoch's clock and return the progress bar."""
-        seconds, steps = self.timed
-        self.epoch_start, self.epoch_first_step = time.perf_counter() - seconds, self.step - steps
+        self.epoch_start = time.perf_counter() - self.timed[0]
         size = self.args.batch_size
         self.bar = tqdm(total=self.total_steps * size, initial=self.step * size, unit="img", unit_scale=True,
                         dynamic_ncols=True, mininterval=1.0, disable=self.rank > 0)
@@ -279,7 +278,7 @@ class Run:
         """Add a step to the sums; counts: (6,), this process's tally and shares."""
         self.sums += runtime.sum_over_processes(counts) / self.world
         self.step += 1
-        self.timed = time.perf_counter() - self.epoch_start, self.step - self.epoch_first_step
+        self.timed = time.perf_counter() - self.epoch_start, self.timed[1] + 1
         self.bar.update(self.args.batch_size)
 
     def show(self):
@@ -298,7 +297,7 @@ class Run:
         self.show()
         self.check_weights()
         seconds = time.perf_counter() - self.epoch_start
-        images = (self.step - self.epoch_first_step) * self.args.batch_size
+        images = self.timed[1] * self.args.batch_size
         row = {"epoch": self.step // self.steps_per_epoch, "lr": self.group["lr"]}
         row |= epoch_row(self.args, Sums(*self.sums.tolist()), self.steps_per_epoch)
         row |= validate(self.model, forward, val_set, self.args)
@@ -314,7 +313,7 @@ class Run:
                 checkpoints.save(self.checkpoint() | {"optimizer": None}, pathlib.Path(self.args.out_dir, "best.pt"))
             write_log(self.args.out_dir, self.rows)
             self.bar.write(summary(self.rows, self.args, len(self.train_set.classes)))
-        self.epoch_start, self.epoch_first_step, self.timed = time.perf_counter(), self.step, (0.0, 0)
+        self.epoch_start, self.timed = time.perf_counter(), (0.0, 0)
         self.saved_step = None  # the row is new, even where no step is
         self.save()
 
