@@ -89,7 +89,7 @@ def add_runtime_flags(parser, default=None):
     """Add the flags of how to compute, the same for all scripts, and return the function that adds one more."""
     add = parser.add_argument_group("machine").add_argument
     add("--precision", choices=("auto", "fp32", "bf16"), default=default,
-        help="bf16: autocast, weights stay float32; auto: the faster on this machine (default: auto)")
+        help="bf16: autocast, weights stay float32; auto: fp32 in an evaluation, else the faster here (default: auto)")
     add("--compile", choices=("auto", "on", "graphs", "off"), default=default,
         help="torch.compile; graphs: CUDA graphs of it too; auto: the fastest, if the work repays it (default: auto)")
     add("--device", choices=("auto", "cpu", "cuda"), default=default,
