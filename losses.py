@@ -22,10 +22,8 @@ def lsce(logits, y, alpha):
     """
     if not isinstance(alpha, torch.Tensor) and not 0 <= alpha <= 1:
         raise ValueError(f"alpha must be in [0, 1], not {alpha}")
-    log_p = _log_softmax(logits)
-    log_p_y = _true(log_p, y)
-    mean_of_others = (log_p.sum(1) - log_p_y) / (logits.shape[1] - 1)
-    return -((1 - alpha) * log_p_y + alpha * mean_of_others)  # Eq. 8, with y_LS of Eq. 9 put in
+    log_p, q_wrong = _log_softmax(logits), alpha / (logits.shape[1] - 1)  # Eq. 9
+    return -((1 - alpha - q_wrong) * _true(log_p, y) + q_wrong * log_p.sum(1))  # Eq. 8; the sum is over all classes
 
 
 def kl_divergence(logits, p_ref):

@@ -299,7 +299,7 @@ MUTANTS = {  # name: (snippet, replacement, *the tests that must fail)
         "test_autoattack.py::test_equal_to_calling_pyautoattack[10-components3]"),
     # losses
     "LSCE smooths over all classes": (
-        "(log_p.sum(1) - log_p_y) / (logits.shape[1] - 1)", "log_p.mean(1)",
+        "(1 - alpha - q_wrong) * _true", "(1 - alpha) * _true",
         "test_losses.py::test_lsce_is_torchs_label_smoothing_with_another_scale[0.3-10]"),
     "TRADES' KL runs the other way": (
         "beta * _kl(logits_nat, logits_adv).mean()", "beta * _kl(logits_adv, logits_nat).mean()",
