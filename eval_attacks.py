@@ -66,6 +66,8 @@ def main(argv=None):
         finally:  # what is known, however it ends
             if rank == 0 and result["attacks"]:
                 print(table(result))
+                if args.json and not result["complete"] and not args.save_examples:
+                    print("\nthe same command goes on from there")
         return result
 
 
@@ -75,10 +77,11 @@ def evaluate(model, test, args, result, device):
     with models.frozen(model):
         forward, exact = crafting_passes(args, model, test, rows)
         result.update(precision=args.precision, tf32=device.type == "cuda", compile=args.compile)
+        result["attacks"] = runtime.from_rank_0(stopped(args, result, rows))
         evaluation = Evaluation(model, test, args, result, rows)
         with evaluation.bar:
-            for row in rows:
-                evaluation.run(row, exact if row.params.get("precision") == "fp32" else forward)
+            for place, row in enumerate(rows):
+                evaluation.run(place, row, exact if row.params.get("precision") == "fp32" else forward)
     if sum(bool(row.params) for row in rows) > 1 and not args.epsilons:
         result["attacks"].append(worst_case(result["attacks"]))
     result["complete"] = True
@@ -136,16 +139,25 @@ class Evaluation:
         self.bar = tqdm(total=sum(row.passes for row in rows) * self.images_each, unit="pass", unit_scale=True,
                         dynamic_ncols=True, disable=self.rank > 0)
 
-    def run(self, row, forward):
-        """Run a row, which crafts by the callable `forward`; append its entry to the result and save it."""
-        entries, done, start, after = self.result["attacks"], self.bar.n, time.perf_counter(), {}
+    def run(self, place, row, forward):
+        """Run a row, which crafts by the callable `forward`; put its entry in its place in the result and save that. An
+        entry that is there already comes from a stopped evaluation: the row, or its first components, are finished."""
+        done, start, after = self.bar.n, time.perf_counter(), {}
         self.bar.set_description(row.name)
         chosen = self.right() if "pool" in row.params else torch.ones_like(self.test.labels, dtype=torch.bool)
-        for component in self.attacked(chosen, row.params, forward):  # took hours: an entry, if the next is stopped
+        if row.params and (old := self.result["attacks"][place:place + 1]):
+            stood = torch.from_numpy(correct_mask(old[0])).to(chosen.device)
+            right = F.one_hot(self.test.labels, len(self.test.classes)).float()
+            self.logits = torch.where(stood[:, None], right, 1 - right)  # of which only right() is used
+            if old[0]["params"] == row.params:
+                self.bar.update(row.passes * self.images_each)
+                return
+            chosen, after, start = chosen & stood, dict(old[0]["after"]), start - old[0]["seconds"]
+        # a component takes hours: it becomes an entry, lest the next is stopped
+        for component in self.attacked(chosen, row.params, forward, after):
             entry = outcome(*with_components(row, [*after, component]), self.right(), time.perf_counter() - start)
             after[component] = entry["accuracy"]
-            self.result["attacks"] = [*entries, entry | {"after": dict(after)}]
-            write(self.args.json, self.result)
+            self.save(place, entry | {"after": dict(after)})
             self.bar.set_postfix_str(f"{entry['accuracy']:.1%} stand after {component}")
         entry = outcome(*row, self.right(), time.perf_counter() - start)
         if after:
@@ -155,21 +167,24 @@ class Evaluation:
             if entry["accuracy"] <= 1 / len(self.test.classes) + 0.05 and self.rank == 0:
                 self.bar.write(f"warning: {entry['accuracy']:.1%} natural accuracy is near chance: probably wrong "
                                "preprocessing (--normalize), or the labels are in another order", file=sys.stderr)
-        elif self.natural is not None and "pool" not in row.params:
+        elif self.natural is not None and "objective" in row.params and "pool" not in row.params:
             entry |= spat_shares(self.natural, self.logits, self.test.labels, row.params.get("alpha"))
         self.bar.update(done + row.passes * self.images_each - self.bar.n)  # what was skipped
         self.bar.set_postfix_str(f"{entry['accuracy']:.1%}, {entry['n'] / max(entry['seconds'], .01):.0f} img/s")
-        self.result["attacks"] = [*entries, entry]
-        write(self.args.json, self.result)
+        self.save(place, entry)
         self.save_examples(row.name)
 
-    def attacked(self, chosen, params, forward):
+    def save(self, place, entry):
+        self.result["attacks"][place:place + 1] = [entry]
+        write(self.args.json, self.result)
+
+    def attacked(self, chosen, params, forward, finished=()):
         """Attack the images of the mask `chosen`, (N,) bool: a restart, or a component of AutoAttack, only those that
         the ones before it left correct. It runs while iterated; all it yields is each finished component's name."""
         if not params:
             self.score(None, chosen)
         elif "components" in params:
-            for component in params["components"] if chosen.any() else []:
+            for component in params["components"][len(finished):]:
                 with runtime.tf32_convolutions("tf32" in params):
                     attack = self.autoattack(component, chosen, params)
                 self.score(attack, chosen)
@@ -587,6 +602,27 @@ def table(result):
         for component, share in entry.get("after", {}).items():
             lines.append(f"  after {component:<10} {'':>13} {share:>8.2%}")
     return "\n".join(lines)
+
+
+def stopped(args, result, rows):
+    """Return the entries, those of the first rows, in the file of --json where this very evaluation was stopped; [] if
+    none was, or with --save-examples, whose margins are not in the file."""
+    with contextlib.suppress(ValueError):
+        before = read(args.json)
+        same = all(before.get(key) == value for key, value in json.loads(json.dumps(result)).items()
+                   if key not in ("command", "attacks"))  # and so neither is complete
+        entries = before["attacks"]
+        if same and not args.save_examples and 0 < len(entries) <= len(rows) and all(map(belongs, entries, rows)):
+            print(f"{args.json}: going on after {entries[-1]['name']}", flush=True)
+            return entries
+    return []
+
+
+def belongs(entry, row):
+    """Return whether an entry is that of the row, or of its first components."""
+    finished = entry["params"].get("components", [])
+    wanted = {"components": row.params["components"][:len(finished)]} if "components" in row.params else {}
+    return entry["params"] == row.params | wanted
 
 
 def write(path, result):

@@ -297,6 +297,12 @@ MUTANTS = {  # name: (snippet, replacement, *the tests that must fail)
     "AutoAttack's outcomes are ignored": (
         "robust[standing] = label == y[standing]", "pass",
         "test_autoattack.py::test_equal_to_calling_pyautoattack[10-components3]"),
+    "AutoAttack goes on with all images": (
+        "chosen & stood, dict", "chosen, dict",
+        "test_autoattack.py::test_a_stopped_evaluation_goes_on[stops1-flags1]"),
+    "another model's evaluation is taken up": (
+        "if same and not args.save_examples", "if not args.save_examples",
+        "test_autoattack.py::test_another_evaluation_begins_anew[flags6]"),
     # losses
     "LSCE smooths over all classes": (
         "(1 - alpha - q_wrong) * _true", "(1 - alpha) * _true",

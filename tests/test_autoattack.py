@@ -1,5 +1,6 @@
 """The adapter of AutoAttack and the evaluation that uses it, against calling pyautoattack directly."""
 
+import contextlib
 import random
 import sys
 
@@ -144,3 +145,74 @@ def test_the_row_of_the_evaluation(model_path, capsys):
     assert row["params"] == {"components": ["apgd-ce", "apgd-t", "fab-t", "square"], "epsilon": "0.05", "seed": 0,
                              "batch_size": 16, "version": "standard"}
     assert "after fab-t" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("stops", "flags"), [
+    (["apgd-ce"], ["--pool"]), (["fgsm", "fab-t", "fab-t", "square"], [])])
+def test_a_stopped_evaluation_goes_on(stops, flags, model_path, tmp_path, monkeypatch, capsys):
+    """Also if it is stopped again at once: to the same entries, and nothing that was finished is run again."""
+    argv = ["--model-path", str(model_path), *SMALL, "--num-images", "9", "--epsilon", "0.02", *flags,
+            "--attacks", "natural", "fgsm", "autoattack", "--json"]
+    eval_attacks.main([*argv, str(tmp_path / "whole.json")])
+    real, called, order = (eval_attacks.make_attack, attacks.autoattack), [], ["fgsm", *attacks.COMPONENTS]
+
+    def run_until(name):
+        def note(step):
+            called.append(step)
+            if step == name:
+                raise KeyboardInterrupt
+
+        def make_attack(*given):
+            note("fgsm")
+            return real[0](*given)
+
+        def autoattack(*given, components, **settings):
+            note(*components)
+            return real[1](*given, components=components, **settings)
+
+        monkeypatch.setattr(eval_attacks, "make_attack", make_attack)
+        monkeypatch.setattr(attacks, "autoattack", autoattack)
+        return eval_attacks.main([*argv, str(tmp_path / "r.json")])
+
+    for name in stops:
+        with pytest.raises(SystemExit):
+            run_until(name)
+        entries = eval_attacks.read(tmp_path / "r.json")["attacks"]
+        assert ["fgsm"] * (len(entries) > 1) + list(entries[-1].get("after", [])) == order[:order.index(name)]
+    before = eval_attacks.read(tmp_path / "r.json")
+    before["attacks"][-1]["seconds"] = 1000
+    eval_attacks.write(tmp_path / "r.json", before)
+    called.clear()
+    run_until(None)
+    assert called == order[order.index(stops[-1]):] and "going on after" in capsys.readouterr().out
+    found, whole = (eval_attacks.read(tmp_path / name) for name in ("r.json", "whole.json"))
+    assert found["attacks"][len(before["attacks"]) - 1]["seconds"] >= 1000
+    for entry in found["attacks"] + whole["attacks"]:
+        del entry["seconds"]
+    assert found["attacks"] == whole["attacks"] and found["complete"]
+
+
+@pytest.mark.parametrize("flags", [
+    ["--seed", "1"], ["--num-images", "9"], ["--save-examples", "e.npz"], ["--batch-size", "7"],
+    ["--attacks", "natural", "fgsm", "autoattack"], ["--attacks", "natural"], ["--model-path", "other.pt"]])
+def test_another_evaluation_begins_anew(flags, model_path, tmp_path, monkeypatch, capsys):
+    """Of another model, other images, settings or rows; and where the file lacks what is asked for."""
+    monkeypatch.chdir(tmp_path)
+    content = checkpoints.load(model_path)
+    content["state_dict"]["fc.weight"] *= 1.01
+    checkpoints.save(content, tmp_path / "other.pt")
+    monkeypatch.setattr(attacks, "autoattack", stop_after_the_first)
+    argv = ["--model-path", str(model_path), *SMALL, "--attacks", "natural", "autoattack", "--json", "r.json"]
+    for more in ([], flags):
+        with contextlib.suppress(SystemExit):
+            eval_attacks.main([*argv, *more])
+        assert "going on after" not in capsys.readouterr().out
+    with contextlib.suppress(SystemExit):
+        eval_attacks.main([*argv, *more])
+    assert ("going on after" in capsys.readouterr().out) == (flags[-1] not in ("natural", "e.npz"))
+
+
+def stop_after_the_first(model, x, y, *, components, **settings):
+    if components != ["apgd-ce"]:
+        raise KeyboardInterrupt
+    return x

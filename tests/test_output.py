@@ -126,6 +126,7 @@ def test_ctrl_c_in_autoattack_keeps_the_components_that_are_finished(model_path,
     assert last["after"]["apgd-ce"] > last["after"]["apgd-t"] == last["accuracy"]
     printed = capsys.readouterr().out
     assert "APGD-CE + APGD-T" in printed and "AutoAttack" not in printed and "INCOMPLETE" in printed
+    assert printed.endswith("\nthe same command goes on from there\n")
 
 
 def test_an_interrupted_oracle_keeps_its_rows(model_path, tmp_path, monkeypatch, capsys):
