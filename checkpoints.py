@@ -98,8 +98,9 @@ def load_model(path, device="cpu", arch=None, num_classes=None, normalize=None, 
     robust_overfitting and others of that line of work: a bare state dict or one in a container, under any prefix.
 
     info holds path, sha256, arch, num_classes, normalize, weights, notes (sentences on what the file left open) and,
-    for a file of this project, args, epoch, classes and image_size. Where arch and num_classes are given, the file must
-    agree. normalize: ((mean of 3), (std of 3)) of training images where the file does not say so, for a first layer.
+    for a file of this project, args, epoch, classes, image_size and trained_on (fingerprints of the images). Where arch
+    and num_classes are given, the file must agree. normalize: ((mean of 3), (std of 3)) of training images where the
+    file does not say so, for a first layer.
     weights: the name of one of several sets. Raise ValueError with one line that says what is wrong with the file.
     """
     content, notes = load(path, device), []
@@ -214,11 +215,13 @@ def _check_fit(state, arch, num_classes):
 def _header(content):
     """Return what an own checkpoint says of its model. Raise ValueError where a type is wrong."""
     args, epoch, classes = content.get("args"), content.get("epoch"), content.get("classes")
-    size = content.get("image_size")  # None: of a run before there was such an entry
+    size, images = content.get("image_size"), content.get("images")  # None: of a run before there was such an entry
+    entries = (args, dict), (epoch, int), (classes, list), (size, list | None), (images, dict | None)
     types = {"dataset": str, "defense": str, "arch": str, "epsilon": str, "seed": int, "spat_alpha": float | None}
-    if isinstance(args, dict) and isinstance(epoch, int) and isinstance(classes, list) and all(
-            isinstance(args.get(key), kind) for key, kind in types.items()) and isinstance(size, list | None):
-        return {"args": args, "epoch": epoch, "classes": classes, "image_size": size}
+    if all(isinstance(entry, kind) for entry, kind in entries) and all(
+            isinstance(args.get(key), kind) for key, kind in types.items()) and all(
+            isinstance(text, str) for item in (images or {}).items() for text in item):
+        return {"args": args, "epoch": epoch, "classes": classes, "image_size": size, "trained_on": images}
     raise ValueError("its header is not one that train_cifar.py writes")
 
 
@@ -252,16 +255,18 @@ def _normalisation(state, content, prefix, stated, notes):
 
 def load_arrays(path, names=("data", "extrapolated_targets"), optional=()):
     """Return {name: array} of an .npz file or of a pickle such as RST's, whose names are the default. Arrays may be
-    read-only. Raise ValueError with one line for a file that is neither or lacks one of the names, not an optional one.
+    read-only. Raise ValueError with one line for a file that is neither or lacks one of the names, not an optional one:
+    those are pseudo_label.py's, which writes an .npz.
     """
     path = pathlib.Path(path)
     if not path.is_file():
         raise ValueError(f"{path}: no such file")
     try:
         with open(path, "rb") as file, contextlib.redirect_stderr(None):  # Python tells of a bytearray without memory
-            content = np.load(file) if zipfile.is_zipfile(path) else _Unpickler(file).load()
+            is_npz = zipfile.is_zipfile(path)
+            content = np.load(file) if is_npz else _Unpickler(file).load()
             held = [key for key in content.keys() if isinstance(key, str)]
-            arrays = {name: _array(content[name]) for name in (*names, *optional) if name in held}
+            arrays = {name: _array(content[name]) for name in (*names, *(optional if is_npz else ())) if name in held}
     except Exception as error:  # a damaged file may raise nearly anything
         why = str(error) or type(error).__name__  # shown by repr, for it may hold unprintable letters of the file
         raise ValueError(f"{path}: neither an .npz nor a pickle of arrays ({why!r:.200})") from None

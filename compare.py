@@ -58,20 +58,22 @@ def paired_differences(first, second):
     before, after = ({row["name"]: row for row in result["attacks"]} for result in (first, second))
     differences = {
         name: paired_difference(*(eval_attacks.correct_mask(rows[name]) for rows in (before, after)))
-        for name in before if are_equal(name, before, after)}
+        for name in equal_attacks(before, after)}
     if not differences:
         raise ValueError("the two files share no attack with the same parameters")
     return differences
 
 
-def are_equal(name, before, after):
-    """Return whether two {name: entry} have the attack of this name with the same parameters, and so the attacks that
-    its entry builds on: those of a worst case, or those whose images --pool left out."""
-    if name not in before or name not in after:
-        return False
-    settings, others = (eval_attacks.settings(rows[name]) for rows in (before, after))
-    built_on = [*settings.get("of", []), *settings.get("pool", [])]
-    return settings == others and all(are_equal(each, before, after) for each in built_on)
+def equal_attacks(before, after):
+    """Return the names of the attacks that two {name: entry} have with the same parameters, and so the attacks that an
+    entry builds on, which stand before it: those of a worst case, or those whose images --pool left out."""
+    equal = []
+    for name in (name for name in before if name in after):
+        settings, others = (eval_attacks.settings(rows[name]) for rows in (before, after))
+        built_on = {*settings.get("of", []), *settings.get("pool", [])} - {name}  # two rows may have one name
+        if settings == others and built_on <= set(equal):
+            equal.append(name)
+    return equal
 
 
 def check_images(first, second):

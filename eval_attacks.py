@@ -514,7 +514,7 @@ def describe(info, dataset):
     args = info.get("args", {})
     return {key: info[key] for key in ("path", "sha256", "arch", "normalize", "weights", "notes")} | {
         "dataset": dataset, "defense": args.get("defense"), "spat_alpha": args.get("spat_alpha"),
-        "epochs": info.get("epoch"), "seed": args.get("seed"), "args": args}
+        "epochs": info.get("epoch"), "seed": args.get("seed"), "trained_on": info.get("trained_on"), "args": args}
 
 
 def device_name(device):

@@ -355,7 +355,7 @@ class Cell(NamedTuple):
     recipe = property(lambda self: RECIPES[self.target, self.scale])
     run = property(lambda self: self.path("runs", self.row))
     log = property(lambda self: self.path(self.results_dir, self.row, ".log.csv"))
-    labels = property(lambda self: self.path("runs", "pseudo", ".npz"))  # which the row "labeller" makes
+    labels = property(lambda self: self.path("runs", "labeller") / "pseudo.npz")  # by that row's model, beside it
     own_flags = property(lambda self: f"{row_flags(self.row)} {self.recipe.own.get(self.row.split('-')[0], '')}")
     after = property(lambda self: self._replace(row="labeller") if "{aux}" in self.own_flags else None)  # that cell
 
@@ -423,8 +423,9 @@ def trained_otherwise(args, cell):
     found = vars(train_cifar.with_defaults({"defense": wanted["defense"]})) | args  # a flag may be younger than the run
     for each in (wanted, found):
         each["dataset"] = pathlib.Path(each["dataset"]).name  # --data-dir is free
+        each["aux_data"] = bool(each["aux_data"])  # as is where it lies
     return [f"{key} {found[key]}, not {value}" for key, value in wanted.items()
-            if key not in train_cifar.FREE_ON_RESUME and found[key] != value]
+            if train_cifar.alters(key, value, found[key])]
 
 
 def evaluated_otherwise(result, command):
@@ -504,15 +505,17 @@ def report(args, ran):
 
 def print_tables(key, folders):
     """Print the tables of a target at a scale, and write TARGET-SCALE.json."""
-    found, shares, unfinished, differing, images = {}, {}, [], {}, {}  # images: {how many: their hash}
+    found, shares, unfinished, differing, hashes = {}, {}, [], {}, {}
     for cell in cells_of([key], None, *folders):
         if cell.row == "labeller":
             continue
         missing, words = missing_and_differing(cell)
-        for result in [] if missing else map(eval_attacks.read, cell.evaluations()):
-            of_images = result.get("images")  # older results have no such hash
-            if of_images and of_images != images.setdefault(result["n"], of_images):
-                words.append("of other images than the cells before")
+        for result in [] if missing or words else map(eval_attacks.read, cell.evaluations()):
+            labels = (result["model"].get("trained_on") or {}).get("--aux-data")
+            for what, which, found_hash in (("images", result["n"], result.get("images")),
+                                            ("pseudo-labels", cell.seed, labels)):  # older results have no such hash
+                if found_hash and found_hash != hashes.setdefault((what, which), found_hash):
+                    words.append(f"of other {what} than the cells before")
         if words:
             differing[str(cell)] = "; ".join(words)
         elif missing:

@@ -517,10 +517,17 @@ def new_or_resumed(typed):
     settled = ("resume", True), ("precision", "auto"), ("compile", "auto")
     typed = dict(flag for flag in typed.items() if flag not in settled)
     for key, value in typed.items():
-        if key not in FREE_ON_RESUME and value != of_run.get(key):
+        if alters(key, value, of_run.get(key)):
             flag = "--" + key.replace("_", "-")
             raise ValueError(f"--resume: {flag} {value} would alter {out_dir}, which has {of_run.get(key)}")
     return argparse.Namespace(**of_run | typed | {"out_dir": out_dir}), checkpoint
+
+
+def alters(key, value, other):
+    """Return whether an argument of another value alters what a run comes to. Where there is no GPU, --compile graphs
+    becomes "on", whose numbers are the same."""
+    is_graphs = key == "compile" and {value, other} == {"graphs", "on"}
+    return key not in FREE_ON_RESUME and value != other and not is_graphs
 
 
 def load_data(args, checkpoint):
@@ -535,7 +542,8 @@ def load_data(args, checkpoint):
     if args.aux_data:
         arrays = checkpoints.load_arrays(args.aux_data, optional=["classes"])
         train_set = data.pseudo_labelled(args.aux_data, arrays, train_set)
-        data.check_leak(args.aux_data, train_set.aux, val_set)
+        if checkpoint is None:  # else they were checked at the beginning, or nothing can be done any more
+            data.check_leak(args.aux_data, train_set.aux, val_set)
     parts = {"the images to train on": train_set, "the held-out images": val_set, "--aux-data": train_set.aux}
     images = {what: data.fingerprint(part) for what, part in parts.items() if part is not None}
     for what, now in images.items():

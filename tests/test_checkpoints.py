@@ -14,8 +14,10 @@ import zipfile
 import numpy as np
 import pytest
 import torch
+from helpers import fails_in_one_line
 
 import checkpoints
+import eval_attacks
 import models
 import runtime
 
@@ -348,3 +350,16 @@ def test_the_two_preactivation_blocks(tmp_path):
     assert info["arch"] == other and info["notes"] == []
     with pytest.raises(ValueError, match=f"it is a {other}, not a {plain}$"):
         checkpoints.load_model(tmp_path / "own.pt", arch=plain)
+
+
+def test_a_result_says_what_its_model_was_trained_on(model_path, tmp_path, capsys):
+    content = checkpoints.load(model_path)
+    argv = ["--model-path", str(tmp_path / "m.pt"), "--attacks", "natural", "--num-images", "2"]
+    for images in (None, {"--aux-data": "5e1f"}):
+        checkpoints.save(content | {"images": images}, tmp_path / "m.pt")
+        result = eval_attacks.main(argv)
+        assert result["model"]["trained_on"] == images
+    capsys.readouterr()
+    for wrong in ({"--aux-data": 3}, {3: "5e1f"}, [1], torch.zeros(2)):
+        checkpoints.save(content | {"images": wrong}, tmp_path / "m.pt")
+        assert "its header is not one that" in fails_in_one_line(eval_attacks.main, argv, capsys)

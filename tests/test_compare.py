@@ -277,6 +277,17 @@ def test_equal_radii_are_equal_however_written(results, capsys):
         assert "not a result" in fails_in_one_line(compare.main, results, capsys)
 
 
+def test_many_pooled_rows_and_two_of_one_name_are_compared_at_once():
+    """Each row builds on all before it."""
+    rows = {f"row {i}": {"params": {"seed": 0, "pool": [f"row {j}" for j in range(i)]}} for i in range(60)}
+    assert compare.equal_attacks(rows, rows) == list(rows)
+    other = copy.deepcopy(rows)
+    other["row 30"]["params"]["seed"] = 1
+    assert compare.equal_attacks(rows, other) == compare.equal_attacks(other, rows) == list(rows)[:30]
+    twice = {"Natural": {"params": {}}, "PGD-20": {"params": {"pool": ["Natural", "PGD-20"]}}}
+    assert compare.equal_attacks(twice, twice) == list(twice)
+
+
 @pytest.mark.parametrize("gained, lost, n", [(20, 0, 20), (0, 20, 20), (1, 0, 1)])
 def test_the_interval_stays_in_what_is_possible(gained, lost, n):
     a, b = outcomes(n, gained, lost, 0)

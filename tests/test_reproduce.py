@@ -198,16 +198,33 @@ def test_two_gpus_get_one_process_each_and_no_cell_runs_twice(stubs, monkeypatch
     assert "working\n$ python eval_attacks.py" in (cells[0].run / "output.log").read_text()
 
 
-def test_a_cell_on_other_images_is_left_out_of_the_report(stubs, capsys):
+@pytest.mark.parametrize("what", ["images", "pseudo-labels"])
+def test_a_cell_on_others_than_the_rest_is_left_out_of_the_report(what, stubs, capsys):
+    """Also if the first is of another recipe, and so says nothing of the rest, and the second is older than a hash."""
     cells = stubs(seven())
     for i in range(7):
         result = json.loads(pathlib.Path(f"result{i}-0.json").read_text())
-        eval_attacks.write(f"result{i}-0.json", result | ({"images": "other" if i == 2 else "same"} if i else {}))
-    assert ends(TABLE3) == 0
+        of = {0: "former", 1: None, 3: "other"}.get(i, "same")
+        if what == "images":
+            result["images"] = of
+        else:
+            result["model"]["trained_on"] = of and {"--aux-data": of}
+        eval_attacks.write(f"result{i}-0.json", result | ({"compile": "on"} if i == 0 else {}))
+    assert ends(TABLE3) == 1
     capsys.readouterr()
     assert ends([*TABLE3[:3], "--report"]) == 0
     printed = capsys.readouterr().out
-    assert f"left out: {cells[2]}: " in printed and "other images than" in printed and printed.count("left out") == 1
+    assert f"left out: {cells[0]}: results/table3-digits/madry.json: evaluated with compile on, not off\n" in printed
+    assert f"left out: {cells[3]}: of other {what} than the cells before\n" in printed
+    assert printed.count("left out") == 2
+
+
+def test_graphs_that_became_on_are_of_the_same_recipe():
+    """Where there is no GPU."""
+    cell = reproduce.Cell("table3", "gpu", "madry", 1)
+    args = vars(train_cifar.with_defaults(train_cifar.parse_args(cell.training()[1:])[1]))
+    assert args["compile"] == "graphs" and reproduce.trained_otherwise(args | {"compile": "on"}, cell) == []
+    assert reproduce.trained_otherwise(args | {"compile": "off"}, cell) == ["compile off, not graphs"]
 
 
 def test_what_is_finished_is_skipped_and_a_lost_json_alone_is_made_again(stubs):
@@ -398,6 +415,7 @@ def test_trainings_that_targets_share_run_once_and_labels_come_first(stubs):
     waiting = [cell for cell in cells if cell.after == labeller]
     assert {cell.target for cell in waiting} == {"table4"} and labeller.after is None
     assert str(labeller.labels) in shlex.join(waiting[1].training())
+    assert labeller.labels.parent == labeller.run  # who moves the model away takes its labels along
 
 
 def start(argv, prepare, **where):

@@ -96,7 +96,9 @@ def test_the_forms_of_the_file(tmp_path):
         forms[f"{name}.npz"] = buffer.getvalue()
     for name, content in forms.items():
         (tmp_path / name).write_bytes(content)
-        aux = data.pseudo_labelled(name, checkpoints.load_arrays(tmp_path / name), like).aux
+        held = checkpoints.load_arrays(tmp_path / name, optional=["source"])  # of a pickle, whose it may be, not read
+        assert ("source" in held) == name.startswith("more.npz"), name
+        aux = data.pseudo_labelled(name, held, like).aux
         assert torch.equal(aux.images.permute(0, 2, 3, 1), torch.from_numpy(pixels)), name
         assert aux.labels.tolist() == labels.tolist() and aux.labels.dtype == torch.int64, name
     assert len(forms) == 8 * 11 - 8 + 8
@@ -277,6 +279,12 @@ def test_held_out_images_are_not_trained_on(tmp_path, capsys, monkeypatch):
     capsys.readouterr()
     again = fails_in_one_line(train_cifar.main, [*flags, tmp_path / "turned.npz"], capsys)
     assert again == error.replace("rest", "turned")
+    with monkeypatch.context() as patch:  # begun before there was this check, a run goes on
+        patch.setattr(data, "check_leak", lambda *_: None)
+        train_cifar.main([*flags, str(tmp_path / "rest.npz"), "--out-dir", str(tmp_path / "older")])
+    train_cifar.main(["--resume", "--out-dir", str(tmp_path / "older")])
+    on = [checkpoints.load(tmp_path / run / "last.pt")["images"]["--aux-data"] for run in ("all", "kept", "older")]
+    assert on[0] == on[2] != on[1]
 
 
 @pytest.mark.usefixtures("tiny_net")

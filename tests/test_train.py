@@ -362,6 +362,13 @@ def test_a_finished_run_may_be_resumed_again(tmp_path, capsys):
     args = json.loads((tmp_path / "args.json").read_text())
     assert (args["precision"], args["compile"]) == ("fp32", "off")
     assert capsys.readouterr().out.endswith(f"python eval_attacks.py --model-path {tmp_path / 'best.pt'}\n")
+    content = checkpoints.load(tmp_path / "last.pt")
+    content["args"]["compile"] = "on"  # what "graphs" becomes without a GPU
+    checkpoints.save(content, tmp_path / "last.pt")
+    typed = {"resume": True, "out_dir": str(tmp_path), "compile": "graphs"}
+    assert train_cifar.new_or_resumed(typed)[0].compile == "graphs"
+    line = fails_in_one_line(train_cifar.main, ["--resume", "--out-dir", tmp_path, "--compile", "off"], capsys)
+    assert "--compile off would alter" in line
 
 
 @pytest.mark.usefixtures("tiny_net")
