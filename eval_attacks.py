@@ -78,6 +78,8 @@ def evaluate(model, test, args, result, device):
         forward, exact = crafting_passes(args, model, test, rows)
         result.update(precision=args.precision, tf32=device.type == "cuda", compile=args.compile)
         result["attacks"] = runtime.from_rank_0(stopped(args, result, rows))
+        if result["attacks"] and runtime.rank_and_world()[0] == 0:
+            print(f"{args.json}: going on after {result['attacks'][-1]['name']}", flush=True)
         evaluation = Evaluation(model, test, args, result, rows)
         with evaluation.bar:
             for place, row in enumerate(rows):
@@ -612,8 +614,7 @@ def stopped(args, result, rows):
         same = all(before.get(key) == value for key, value in json.loads(json.dumps(result)).items()
                    if key not in ("command", "attacks"))  # and so neither is complete
         entries = before["attacks"]
-        if same and not args.save_examples and 0 < len(entries) <= len(rows) and all(map(belongs, entries, rows)):
-            print(f"{args.json}: going on after {entries[-1]['name']}", flush=True)
+        if same and not args.save_examples and len(entries) <= len(rows) and all(map(belongs, entries, rows)):
             return entries
     return []
 
