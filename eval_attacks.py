@@ -77,8 +77,9 @@ def evaluate(model, test, args, result, device):
     with models.frozen(model):
         forward, exact = crafting_passes(args, model, test, rows)
         result.update(precision=args.precision, tf32=device.type == "cuda", compile=args.compile)
-        result["attacks"] = runtime.from_rank_0(stopped(args, result, rows))
-        if result["attacks"] and runtime.rank_and_world()[0] == 0:
+        is_first = runtime.rank_and_world()[0] == 0
+        result["attacks"] = runtime.from_rank_0(stopped(args, result, rows) if is_first else None)
+        if result["attacks"] and is_first:
             print(f"{args.json}: going on after {result['attacks'][-1]['name']}", flush=True)
         evaluation = Evaluation(model, test, args, result, rows)
         with evaluation.bar:
@@ -103,7 +104,7 @@ def crafting_passes(args, model, test, rows):
             if "objective" in row.params and row.params.get("precision") != "fp32":
                 make_attack(forward, row.params | {"num_steps": 1})(x, y, indices)
 
-    passes = sum(row.passes for row in rows if "components" not in row.params) * n / size / world
+    passes = sum(row.passes for row in rows if "objective" in row.params) * n / size / world
     with runtime.tf32_convolutions(True):
         forward = runtime.forward_pass(args, model, x, passes, rehearsal, evaluates=True)
     if args.precision == "fp32" and not x.is_cuda:  # and so has no TF32
@@ -608,22 +609,33 @@ def table(result):
 
 def stopped(args, result, rows):
     """Return the entries, those of the first rows, in the file of --json where this very evaluation was stopped; [] if
-    none was, or with --save-examples, whose margins are not in the file."""
-    with contextlib.suppress(ValueError):
+    none was. What was stopped there otherwise is kept beside it. --save-examples needs margins, which no file has."""
+    try:
         before = read(args.json)
-        same = all(before.get(key) == value for key, value in json.loads(json.dumps(result)).items()
-                   if key not in ("command", "attacks"))  # and so neither is complete
+    except ValueError:  # no such file
+        return []
+    with contextlib.suppress(KeyError, TypeError, AttributeError):  # in a file that was edited
+        heads = [{key: value for key, value in head.items() if key not in ("command", "attacks")}
+                 | {"device": head["device"].partition(",")[0]}  # without the number of threads
+                 for head in (before, json.loads(json.dumps(result)))]
         entries = before["attacks"]
-        if same and not args.save_examples and len(entries) <= len(rows) and all(map(belongs, entries, rows)):
-            return entries
+        if heads[0] == heads[1] and not args.save_examples:
+            if len(entries) <= len(rows) and all(map(belongs, entries, rows)):
+                return entries
+    if before.get("complete") is False:
+        pathlib.Path(args.json).replace(f"{args.json}.old")
+        print(f"{args.json}: another evaluation was stopped there, kept as {args.json}.old", file=sys.stderr)
     return []
 
 
 def belongs(entry, row):
     """Return whether an entry is that of the row, or of its first components."""
     finished = entry["params"].get("components", [])
-    wanted = {"components": row.params["components"][:len(finished)]} if "components" in row.params else {}
-    return entry["params"] == row.params | wanted
+    if finished and finished != row.params.get("components"):
+        row = with_components(row, row.params["components"][:len(finished)])
+        if list(entry["after"]) != finished:
+            return False
+    return (entry["name"], entry["params"]) == row and entry["seconds"] >= 0
 
 
 def write(path, result):
@@ -636,10 +648,11 @@ def read(path):
     """Return a result of eval_attacks.py. Raises ValueError if the file is not one."""
     try:
         result = json.loads(pathlib.Path(path).read_text(encoding="utf-8"))
-        masks = [(entry["name"], settings(entry), correct_mask(entry))[2] for entry in result["attacks"]]
+        entries = [*result["attacks"][:]]  # an error, unless they are a list
+        masks = [(entry["name"], settings(entry), correct_mask(entry))[2] for entry in entries]
         if all(len(mask) == result["n"] for mask in masks) and result["model"]["dataset"]:
             return result
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, ArithmeticError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, ArithmeticError, RecursionError) as error:
         raise ValueError(f"{path}: not a result of eval_attacks.py ({type(error).__name__})") from None
     raise ValueError(f"{path}: not a result of eval_attacks.py (its masks do not fit its n)")
 

@@ -510,12 +510,15 @@ def print_tables(key, folders):
         if cell.row == "labeller":
             continue
         missing, words = missing_and_differing(cell)
+        of_cell = {}
         for result in [] if missing or words else map(eval_attacks.read, cell.evaluations()):
-            labels = (result["model"].get("trained_on") or {}).get("--aux-data")
-            for what, which, found_hash in (("images", result["n"], result.get("images")),
-                                            ("pseudo-labels", cell.seed, labels)):  # older results have no such hash
-                if found_hash and found_hash != hashes.setdefault((what, which), found_hash):
-                    words.append(f"of other {what} than the cells before")
+            of_cell["images", result["n"]] = result.get("images")
+            of_cell["pseudo-labels", cell.seed] = (result["model"].get("trained_on") or {}).get("--aux-data")
+        of_cell = {what: found for what, found in of_cell.items() if found}  # older results have no such hash
+        words += [f"of other {what[0]} than the cells before" for what in of_cell
+                  if of_cell[what] != hashes.get(what, of_cell[what])]
+        if not words:
+            hashes |= of_cell
         if words:
             differing[str(cell)] = "; ".join(words)
         elif missing:

@@ -326,7 +326,7 @@ def pick_compile(name, model, plain, x, passes, too_long=None):
     if name != "auto":
         return name, "as asked"
     if not passes:
-        return "off", "AutoAttack runs without it"
+        return "off", "what is run here does without it"
     part = x if x.is_cuda else x[:16]  # one pass of a WRN-34-10 over 128 images takes a minute on two cores
     seconds = shortest_seconds(lambda: attack_pass(model, plain, part), x.device, 1)
     minutes = seconds * len(x) / len(part) * passes / 60

@@ -516,6 +516,8 @@ def new_or_resumed(typed):
         raise ValueError(f"--resume: {out_dir} is of an older version: it has no {min(missing)}")
     settled = ("resume", True), ("precision", "auto"), ("compile", "auto")
     typed = dict(flag for flag in typed.items() if flag not in settled)
+    if (checkpoint.get("images") or {}).get("--aux-data"):  # load_data compares what is in the file
+        of_run["aux_data"] = typed.get("aux_data", of_run["aux_data"])
     for key, value in typed.items():
         if alters(key, value, of_run.get(key)):
             flag = "--" + key.replace("_", "-")

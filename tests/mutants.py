@@ -241,7 +241,7 @@ MUTANTS = {  # name: (snippet, replacement, *the tests that must fail)
         "float(cheap.mean() + error.mean())", "float(cheap.mean())",
         "test_compare.py::test_the_difference_estimator_of_all_images_is_the_paired_difference"),
     "other parameters are compared all the same": (
-        "return settings == others and all(", "return all(",
+        "if settings == others and built_on", "if built_on",
         "test_compare.py::test_attacks_with_other_parameters_are_left_out_and_named"),
     "a cell may mix two models": (
         "if sha256 != first:", "if False:",
@@ -301,7 +301,7 @@ MUTANTS = {  # name: (snippet, replacement, *the tests that must fail)
         "chosen & stood, dict", "chosen, dict",
         "test_autoattack.py::test_a_stopped_evaluation_goes_on[stops1-flags1]"),
     "another model's evaluation is taken up": (
-        "if same and not args.save_examples", "if not args.save_examples",
+        "if heads[0] == heads[1] and not args.save_examples", "if not args.save_examples",
         "test_autoattack.py::test_another_evaluation_begins_anew[flags6]"),
     # losses
     "LSCE smooths over all classes": (

@@ -1,6 +1,7 @@
 """The adapter of AutoAttack and the evaluation that uses it, against calling pyautoattack directly."""
 
 import contextlib
+import json
 import random
 import sys
 
@@ -16,6 +17,7 @@ import checkpoints
 import data
 import eval_attacks
 import models
+import runtime
 
 EPSILON = 0.03
 pytestmark = pytest.mark.usefixtures("cut_budget")
@@ -194,7 +196,8 @@ def test_a_stopped_evaluation_goes_on(stops, flags, model_path, tmp_path, monkey
 
 @pytest.mark.parametrize("flags", [
     ["--seed", "1"], ["--num-images", "9"], ["--save-examples", "e.npz"], ["--batch-size", "7"],
-    ["--attacks", "natural", "fgsm", "autoattack"], ["--attacks", "natural"], ["--model-path", "other.pt"]])
+    ["--attacks", "natural", "fgsm", "autoattack"], ["--attacks", "natural"], ["--model-path", "other.pt"],
+    ["--epsilons", "0.05"]])
 def test_another_evaluation_begins_anew(flags, model_path, tmp_path, monkeypatch, capsys):
     """Of another model, other images, settings or rows; and where the file lacks what is asked for."""
     monkeypatch.chdir(tmp_path)
@@ -206,10 +209,56 @@ def test_another_evaluation_begins_anew(flags, model_path, tmp_path, monkeypatch
     for more in ([], flags):
         with contextlib.suppress(SystemExit):
             eval_attacks.main([*argv, *more])
-        assert "going on after" not in capsys.readouterr().out
+        assert ": going on after" not in capsys.readouterr().out
+    kept = eval_attacks.read("r.json.old")  # what was stopped is not lost by it
+    assert [entry["name"] for entry in kept["attacks"]] == ["Natural", "APGD-CE"]
     with contextlib.suppress(SystemExit):
         eval_attacks.main([*argv, *more])
     assert ("going on after" in capsys.readouterr().out) == (flags[-1] not in ("natural", "e.npz"))
+
+
+@pytest.mark.parametrize("change", [
+    {"components": 1}, {"after": None}, {"after": {}}, {"seconds": None}, {"seconds": "x"}, {"name": "PGD-20"},
+    {"complete": "x"}])
+def test_from_an_edited_file_nothing_is_taken(change, model_path, tmp_path, monkeypatch, capsys):
+    """None: without the entry. What is not even a result is written over, as if there were no file."""
+    monkeypatch.setattr(attacks, "autoattack", stop_after_the_first)
+    path = tmp_path / "r.json"
+    argv = ["--model-path", str(model_path), *SMALL, "--attacks", "natural", "autoattack", "--json", str(path)]
+    with pytest.raises(SystemExit):
+        eval_attacks.main(argv)
+    result = json.loads(path.read_text())
+    last = result["attacks"][1]
+    for key, value in change.items():
+        {"components": last["params"], "complete": result}.get(key, last)[key] = value
+    result["attacks"][1] = {key: value for key, value in last.items() if value is not None}
+    edited = [json.dumps(content) for content in (result, result | {"attacks": {}}, result | {"attacks": 3}, {})]
+    for text in (*edited, "[" * 100_000, "{"):
+        path.write_text(text)
+        capsys.readouterr()
+        with pytest.raises(SystemExit):
+            eval_attacks.main(argv)
+        assert ": going on after" not in capsys.readouterr().out
+        assert [entry["name"] for entry in eval_attacks.read(path)["attacks"]] == ["Natural", "APGD-CE"]
+
+
+def test_what_is_not_compiled_does_not_count(model_path, monkeypatch):
+    """However long a pass takes: neither the natural images nor AutoAttack run by the compiled one."""
+    monkeypatch.setattr(runtime, "shortest_seconds", lambda *_: 1e6)
+    monkeypatch.setattr(attacks, "autoattack", lambda model, x, y, **_: x)
+    argv = ["--model-path", str(model_path), *SMALL, "--compile", "auto", "--attacks", "natural", "autoattack"]
+    assert eval_attacks.main(argv)["compile"] == "off"
+
+
+def test_another_number_of_threads_goes_on(model_path, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(attacks, "autoattack", stop_after_the_first)
+    argv = ["--model-path", str(model_path), *SMALL, "--attacks", "natural", "autoattack"]
+    devices = iter(["Some CPU, 1 threads", "Some CPU, 4 threads", "Another CPU, 4 threads"])
+    monkeypatch.setattr(eval_attacks, "device_name", lambda _: next(devices))
+    for goes_on in (False, True, False):
+        with pytest.raises(SystemExit):
+            eval_attacks.main([*argv, "--json", str(tmp_path / "r.json")])
+        assert (": going on after" in capsys.readouterr().out) == goes_on
 
 
 def stop_after_the_first(model, x, y, *, components, **settings):

@@ -283,6 +283,12 @@ def test_held_out_images_are_not_trained_on(tmp_path, capsys, monkeypatch):
         patch.setattr(data, "check_leak", lambda *_: None)
         train_cifar.main([*flags, str(tmp_path / "rest.npz"), "--out-dir", str(tmp_path / "older")])
     train_cifar.main(["--resume", "--out-dir", str(tmp_path / "older")])
+    (tmp_path / "rest.npz").rename(tmp_path / "moved.npz")
+    resume = ["--resume", "--out-dir", str(tmp_path / "older"), "--aux-data"]
+    train_cifar.main([*resume, str(tmp_path / "moved.npz")])
+    capsys.readouterr()
+    error = fails_in_one_line(train_cifar.main, [*resume, tmp_path / "kept.npz"], capsys)
+    assert "--aux-data are no longer those" in error
     on = [checkpoints.load(tmp_path / run / "last.pt")["images"]["--aux-data"] for run in ("all", "kept", "older")]
     assert on[0] == on[2] != on[1]
 
