@@ -134,7 +134,7 @@ class Evaluation:
     def __init__(self, model, test, args, result, rows):
         self.model, self.test, self.args, self.result = model, test, args, result
         self.rank, self.world = runtime.rank_and_world()
-        self.logits = F.one_hot(test.labels, len(test.classes)).float()  # all are right before the first row
+        self.logits = self.all_right = F.one_hot(test.labels, len(test.classes)).float()  # before the first row
         self.natural = None  # the logits of the natural images
         self.x_adv = data.to_float(test.images) if args.save_images else None
         self.arrays = {"labels": test.labels.cpu().numpy()}  # for --save-examples
@@ -150,8 +150,7 @@ class Evaluation:
         chosen = self.right() if "pool" in row.params else torch.ones_like(self.test.labels, dtype=torch.bool)
         if row.params and (old := self.result["attacks"][place:place + 1]):
             stood = torch.from_numpy(correct_mask(old[0])).to(chosen.device)
-            right = F.one_hot(self.test.labels, len(self.test.classes)).float()
-            self.logits = torch.where(stood[:, None], right, 1 - right)  # of which only right() is used
+            self.logits = torch.where(stood[:, None], self.all_right, 1 - self.all_right)  # for right() alone
             if old[0]["params"] == row.params:
                 self.bar.update(row.passes * self.images_each)
                 return
@@ -648,7 +647,7 @@ def read(path):
     """Return a result of eval_attacks.py. Raises ValueError if the file is not one."""
     try:
         result = json.loads(pathlib.Path(path).read_text(encoding="utf-8"))
-        entries = [*result["attacks"][:]]  # an error, unless they are a list
+        entries = result["attacks"][:]  # an error where they are no list
         masks = [(entry["name"], settings(entry), correct_mask(entry))[2] for entry in entries]
         if all(len(mask) == result["n"] for mask in masks) and result["model"]["dataset"]:
             return result

@@ -517,13 +517,12 @@ def print_tables(key, folders):
         of_cell = {what: found for what, found in of_cell.items() if found}  # older results have no such hash
         words += [f"of other {what[0]} than the cells before" for what in of_cell
                   if of_cell[what] != hashes.get(what, of_cell[what])]
-        if not words:
-            hashes |= of_cell
         if words:
             differing[str(cell)] = "; ".join(words)
         elif missing:
             unfinished.append(str(cell))
         else:
+            hashes |= of_cell
             found.setdefault(cell.row, {})[cell.seed] = entries_of(cell)
             share = [row["share_p_y_above_1_minus_alpha"] for row in log_rows(cell)][-1:]
             shares.setdefault(cell.row, []).extend(float(last) for last in share if last)
